@@ -1,0 +1,262 @@
+package mountspec
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+// MountType is the mount type that makes containerd call the mount helper
+// through mount.fuse, and by which Kata recognises a nydus root filesystem.
+const MountType = "fuse.nydus-overlayfs"
+
+// Kind says what the mount helper is asked to make at the target.
+type Kind string
+
+const (
+	// KindRootfs is a whole root filesystem: the image with further lower
+	// directories and, unless read-only, a writable layer on top.
+	KindRootfs Kind = "rootfs"
+	// KindImage is the image alone, read-only: the first of two mounts in the
+	// managed style, where containerd makes the overlay itself.
+	KindImage Kind = "image"
+)
+
+// Driver says how the image's filesystem may be made to exist.
+type Driver string
+
+const (
+	// DriverAuto leaves the choice to the mount helper.
+	DriverAuto Driver = "auto"
+	// DriverFUSE is a nydusd that serves the image over FUSE.
+	DriverFUSE Driver = "fuse"
+)
+
+// Names of the directories within Spec.SnapshotDir, fixed by Kata.
+const (
+	upperDir = "fs"
+	workDir  = "work"
+)
+
+// Spec is everything that is needed to mount one image for one snapshot. All
+// paths are absolute and clean, as the mount helper sees them.
+type Spec struct {
+	// Bootstrap is the image's metadata file within the snapshotter's root.
+	Bootstrap string
+	// BootstrapDigest is "sha256:" and the hex digest of that file's content.
+	BootstrapDigest string
+	// FSVersion is the RAFS version, "v5" or "v6".
+	FSVersion string
+	// Config is nydusd's configuration, a JSON object. It is public (Kata logs
+	// it); credentials belong in Credentials.
+	Config string
+	// SnapshotDir holds fs, the upper directory, and work.
+	SnapshotDir string
+
+	// Kind is what to make at the target.
+	Kind Kind
+	// ReadOnly asks for a view: no upper directory.
+	ReadOnly bool
+	// Lower lists directories that lie above the image and below the upper
+	// directory, uppermost first.
+	Lower []string
+	// OverlayOptions are further options of the overlay, such as "index=off".
+	OverlayOptions []string
+
+	// Instance is the key of the image's instance, see InstanceKey.
+	Instance string
+	// Image is the reference by which the image was pulled, for people.
+	Image string
+	// Host and Repository name the backend that the blobs come from. For a
+	// backend that is a directory Host is empty and Repository its path.
+	Host, Repository string
+
+	// Root is the snapshotter's root directory; Bootstrap, SnapshotDir, Lower
+	// and CacheDir lie beneath it.
+	Root string
+	// RunDir is the run directory, where instances live.
+	RunDir string
+	// CacheDir holds the image's blobs.
+	CacheDir string
+
+	// Driver is the preferred way to make the filesystem.
+	Driver Driver
+	// Daemon says how to start nydusd when one is needed.
+	Daemon Daemon
+
+	// Credentials open the backend; nil when it needs none.
+	Credentials *Credentials
+}
+
+// Where daemons live when nobody says otherwise: see Daemon.
+const (
+	DefaultOOMScoreAdj  = -998
+	DefaultCgroupParent = "/nydus"
+)
+
+// Daemon says how to start nydusd.
+type Daemon struct {
+	// Path is the executable.
+	Path string `json:"path"`
+	// LogLevel is nydusd's: trace, debug, info, warn or error.
+	LogLevel string `json:"log_level,omitempty"`
+	// Threads is the number of FUSE threads, 0 for nydusd's default.
+	Threads int `json:"threads,omitempty"`
+	// StartTimeout bounds the time from exec to a filesystem that answers.
+	StartTimeout time.Duration `json:"start_timeout,omitempty"`
+	// OOMScoreAdj is the daemon's; see proc_pid_oom_score_adj(5).
+	OOMScoreAdj int `json:"oom_score_adj,omitempty"`
+	// CgroupParent is the cgroup below which daemons live, for example
+	// "/nydus"; empty leaves them where the mount happens.
+	CgroupParent string `json:"cgroup_parent,omitempty"`
+}
+
+// Credentials open a registry. At most one of the two is set.
+type Credentials struct {
+	// Auth is base64 of user:password.
+	Auth string `json:"auth,omitempty"`
+	// RegistryToken is a bearer token.
+	RegistryToken string `json:"registry_token,omitempty"`
+}
+
+// hidden is what is seen of credentials.
+const hidden = "[credentials]"
+
+// String hides the secret from loggers.
+func (Credentials) String() string { return hidden }
+
+// GoString does so for %#v.
+func (Credentials) GoString() string { return hidden }
+
+// Format does so for every verb, also those that pass by String.
+func (Credentials) Format(f fmt.State, _ rune) { fmt.Fprint(f, hidden) }
+
+// MarshalJSON does so for loggers that write JSON. Whoever has to write the
+// secret takes it from the fields.
+func (Credentials) MarshalJSON() ([]byte, error) { return []byte(`"` + hidden + `"`), nil }
+
+// Upper is the overlay's upper directory, empty for a read-only mount.
+func (s *Spec) Upper() string {
+	if s.ReadOnly {
+		return ""
+	}
+	return filepath.Join(s.SnapshotDir, upperDir)
+}
+
+// Work is the overlay's work directory, empty for a read-only mount.
+func (s *Spec) Work() string {
+	if s.ReadOnly {
+		return ""
+	}
+	return filepath.Join(s.SnapshotDir, workDir)
+}
+
+// InstanceKey names the instance that serves an image: 32 hex digits. Two
+// containers share one instance, and so one daemon and one page cache, exactly
+// when bootstrap, backend and cache directory are the same. Credentials do not
+// count: what they open is the same.
+func InstanceKey(bootstrapDigest, host, repository, cacheDir string) string {
+	h := sha256.New()
+	for _, part := range []string{bootstrapDigest, host, repository, cacheDir} {
+		// Length first, so that no two lists of parts run into one another.
+		fmt.Fprintf(h, "%d:%s", len(part), part)
+	}
+	return hex.EncodeToString(h.Sum(nil)[:16])
+}
+
+// Validate reports every fault of s, joined into one error.
+func (s *Spec) Validate() error {
+	var errs []error
+	fail := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+
+	if s.Kind != KindRootfs && s.Kind != KindImage {
+		fail("kind %q: want %q or %q", s.Kind, KindRootfs, KindImage)
+	}
+	if s.FSVersion != "v5" && s.FSVersion != "v6" {
+		fail("fs_version %q: want v5 or v6", s.FSVersion)
+	}
+	if s.Driver != DriverAuto && s.Driver != DriverFUSE {
+		fail("driver %q: want %q or %q", s.Driver, DriverAuto, DriverFUSE)
+	}
+	if !isHex(s.Instance, 32) {
+		fail("instance %q: want 32 hex digits", s.Instance)
+	}
+	if d, ok := strings.CutPrefix(s.BootstrapDigest, "sha256:"); !ok || !isHex(d, 64) {
+		fail("bootstrap digest %q: want sha256: and 64 hex digits", s.BootstrapDigest)
+	}
+	if s.Config == "" {
+		fail("config is empty")
+	}
+	if c := s.Credentials; c != nil && (c.Auth == "") == (c.RegistryToken == "") {
+		fail("credentials: want either auth or a registry token")
+	}
+	errs = append(errs, s.validatePaths()...)
+	errs = append(errs, s.validateText()...)
+	return errors.Join(errs...)
+}
+
+// validatePaths keeps the helper, which is root, within the snapshotter's root
+// whatever else is wrong.
+func (s *Spec) validatePaths() []error {
+	var errs []error
+	for _, p := range []struct{ name, path string }{{"root", s.Root}, {"run directory", s.RunDir}, {"nydusd", s.Daemon.Path}} {
+		if !filepath.IsAbs(p.path) || filepath.Clean(p.path) != p.path {
+			errs = append(errs, fmt.Errorf("%s %q: want an absolute path, free of . and .. elements", p.name, p.path))
+		}
+	}
+	beneath := append([]string{s.Bootstrap, s.SnapshotDir, s.CacheDir}, s.Lower...)
+	for _, p := range beneath {
+		if !filepath.IsAbs(p) || filepath.Clean(p) != p || !strings.HasPrefix(p, s.Root+"/") {
+			errs = append(errs, fmt.Errorf("path %q is outside the snapshotter's root %q", p, s.Root))
+		}
+		if strings.ContainsAny(p, ",:\\\n") {
+			errs = append(errs, fmt.Errorf("path %q has a character that an overlay option cannot carry (one of , : \\ or a line break)", p))
+		}
+	}
+	return errs
+}
+
+// validateText refuses what JSON would silently replace. It does not show the
+// text: a plain configuration holds a secret.
+func (s *Spec) validateText() []error {
+	type text struct{ name, value string }
+	texts := []text{{"bootstrap", s.Bootstrap}, {"config", s.Config}, {"snapshot directory", s.SnapshotDir}, {"image", s.Image},
+		{"host", s.Host}, {"repository", s.Repository}, {"root", s.Root}, {"run directory", s.RunDir}, {"cache directory", s.CacheDir},
+		{"nydusd", s.Daemon.Path}, {"log level", s.Daemon.LogLevel}, {"cgroup parent", s.Daemon.CgroupParent}}
+	for _, l := range s.Lower {
+		texts = append(texts, text{"lower directory", l})
+	}
+	for _, o := range s.OverlayOptions {
+		texts = append(texts, text{"overlay option", o})
+	}
+	if c := s.Credentials; c != nil {
+		texts = append(texts, text{"auth", c.Auth}, text{"registry token", c.RegistryToken})
+	}
+	var errs []error
+	for _, t := range texts {
+		if !utf8.ValidString(t.value) {
+			errs = append(errs, fmt.Errorf("%s is not UTF-8", t.name))
+		}
+	}
+	return errs
+}
+
+func isHex(s string, n int) bool {
+	return len(s) == n && strings.Trim(s, "0123456789abcdef") == ""
+}
+
+// CacheDir is where the blobs of one host and repository are kept beneath the
+// snapshotter's root. No two repositories share one: a server could return
+// other bytes under the id of a foreign blob.
+func CacheDir(root, host, repository string) string {
+	h := sha256.New()
+	for _, part := range []string{host, repository} {
+		fmt.Fprintf(h, "%d:%s", len(part), part)
+	}
+	return filepath.Join(root, "cache", hex.EncodeToString(h.Sum(nil)[:16]))
+}
