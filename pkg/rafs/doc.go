@@ -1,0 +1,45 @@
+// Package rafs reads the head of a nydus bootstrap: which version of RAFS it
+// is, which blobs the image consists of, and how those are cut into chunks.
+//
+// What the package promises:
+//
+//   - A bootstrap is hostile until read: no input makes [Open] panic, read
+//     outside the given size, or hold more than a few megabytes.
+//   - Every blob id that it returns is 64 lowercase hex digits, so it can name a
+//     file or a path of a URL. nydusd itself does not check that, and would
+//     write wherever an id such as "../x" leads.
+//   - A bootstrap that nydusd and the kernel could read differently (two
+//     superblocks, device slots unlike the blob table) is refused.
+//   - Only the standard library is linked, so the mount path stays light.
+//
+// It does not read inodes and does not prove that the filesystem is sound;
+// nydusd and the kernel do that. Nor does it open files: whoever does must see
+// to it that the file is a regular one at the expected place.
+//
+// # On-disk format
+//
+// All numbers are little endian.
+//
+// RAFS v6 is an EROFS image. Its superblock of 128 bytes lies at 1024: magic
+// 0xE0F5E1E2 at +0, block size as a power of two (always 12) at +12, the number
+// of further devices as u16 at +86, and where their slots begin as u16 at +88 in
+// units of 128 bytes. A device slot begins with a tag of 64 bytes, the blob id,
+// followed by the number of 4 KiB blocks as u32.
+//
+// The RAFS extension of 256 bytes follows at 1152: flags u64 at +0, blob table
+// offset u64 at +8 and size u32 at +16, chunk size u32 at +20, chunk table offset
+// u64 at +24 and size u64 at +32. An entry of the blob table has 256 bytes: id
+// [64] at 0, index u32 at 64, chunk size u32 at 68, number of chunks u32 at 72,
+// compressor u32 at 76, digester u32 at 80, features u32 at 84, compressed size
+// u64 at 88, uncompressed size u64 at 96; for blobs whose metadata lies in a blob
+// of its own, that blob's sha256 [32] at 168 and its size u64 at 200.
+//
+// RAFS v5 has a superblock of 8192 bytes at 0: magic 0x52414653 at 0, version
+// 0x500 at 4, superblock size at 8, chunk size u32 at 12, flags u64 at 16, blob
+// table offset u64 at 48 and size in bytes u32 at 64, and since 2021 an extended
+// blob table: number of entries u32 at 68, offset u64 at 72. A blob table entry is
+// two u32 (what to read ahead) and the id, with a NUL between entries and up to
+// seven behind the last. An extended entry has 64 bytes: number of chunks u32,
+// features u32, uncompressed size u64, compressed size u64. Compressor and
+// digester are the same for all blobs, in the superblock's flags.
+package rafs
