@@ -1,0 +1,132 @@
+package config
+
+import (
+	_ "embed"
+	"time"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
+)
+
+// Version is the version of the format that this package reads.
+const Version = 1
+
+// DefaultPath is where the configuration file is looked for; it may be missing.
+const DefaultPath = "/etc/nydus-snapshotter/config.toml"
+
+// DefaultTOML is a configuration file that sets every key to its default, with
+// an explanation of each.
+//
+//go:embed default.toml
+var DefaultTOML string
+
+// Config is the whole configuration. The tags are the keys of the file.
+type Config struct {
+	// Version is the format's version, always 1.
+	Version int `toml:"version"`
+	// Root holds layers, database and cache; absolute and clean.
+	Root string `toml:"root"`
+	// RunDir holds what ends with the boot; absolute and clean.
+	RunDir string `toml:"run_dir"`
+	// Address is the path of the gRPC socket; absolute and clean.
+	Address string `toml:"address"`
+
+	Daemon Daemon `toml:"daemon"`
+	Mount  Mount  `toml:"mount"`
+	Log    Log    `toml:"log"`
+	Remote Remote `toml:"remote"`
+}
+
+// Daemon says how nydusd is started.
+type Daemon struct {
+	// NydusdPath is the executable; empty means that PATH is searched.
+	NydusdPath string `toml:"nydusd_path"`
+	// LogLevel is one of LogLevels.
+	LogLevel string `toml:"log_level"`
+	// Threads is the number of FUSE threads, 0 for nydusd's own choice.
+	Threads int `toml:"threads"`
+	// StartTimeout bounds the time from exec to a filesystem that answers.
+	StartTimeout time.Duration `toml:"start_timeout"`
+	// OOMScoreAdj is -1000 to 1000.
+	OOMScoreAdj int `toml:"oom_score_adj"`
+	// CgroupParent is an absolute path within the cgroup hierarchy, or empty.
+	CgroupParent string `toml:"cgroup_parent"`
+}
+
+// Style is how a mount is handed to containerd.
+type Style string
+
+// The styles.
+const (
+	// StyleHelper is one mount, made by the mount helper as a whole.
+	StyleHelper Style = "helper"
+	// StyleManaged is two mounts, the first made by containerd's mount manager.
+	StyleManaged Style = "managed"
+)
+
+// Credentials is how registry credentials travel.
+type Credentials string
+
+// The ways in which credentials travel.
+const (
+	// CredentialsSealed encrypts them with the node's key.
+	CredentialsSealed Credentials = "sealed"
+	// CredentialsPlain puts them into nydusd's configuration, for Kata.
+	CredentialsPlain Credentials = "plain"
+)
+
+// Mount says how root filesystems are mounted.
+type Mount struct {
+	Style Style `toml:"style"`
+	// IdleLinger is how long an unused image stays mounted.
+	IdleLinger  time.Duration `toml:"idle_linger"`
+	Credentials Credentials   `toml:"credentials"`
+}
+
+// Log is the snapshotter's own log.
+type Log struct {
+	// Level is one of LogLevels.
+	Level string `toml:"level"`
+	// Format is "text" or "json".
+	Format string `toml:"format"`
+}
+
+// The backends.
+const (
+	BackendRegistry = "registry"
+	BackendLocalFS  = "localfs"
+)
+
+// Remote says where blobs come from.
+type Remote struct {
+	// Backend is BackendRegistry or BackendLocalFS.
+	Backend string `toml:"backend"`
+	// LocalFSDir is the directory of BackendLocalFS.
+	LocalFSDir string `toml:"localfs_dir"`
+	// PlainHTTP and SkipVerify list registries as host or host:port.
+	PlainHTTP  []string `toml:"plain_http"`
+	SkipVerify []string `toml:"skip_verify"`
+}
+
+// Default returns the configuration that an empty machine gets. It equals
+// DefaultTOML.
+func Default() Config {
+	return Config{
+		Version: Version,
+		Root:    "/var/lib/nydus-snapshotter",
+		RunDir:  "/run/nydus-snapshotter",
+		Address: "/run/nydus-snapshotter/nydus-snapshotter.sock",
+		Daemon: Daemon{
+			LogLevel:     "info",
+			StartTimeout: 20 * time.Second,
+			OOMScoreAdj:  mountspec.DefaultOOMScoreAdj,
+			CgroupParent: mountspec.DefaultCgroupParent,
+		},
+		Mount: Mount{
+			Style:       StyleHelper,
+			IdleLinger:  30 * time.Second,
+			Credentials: CredentialsSealed,
+		},
+		Log:    Log{Level: "info", Format: "text"},
+		Remote: Remote{Backend: BackendRegistry, PlainHTTP: []string{}, SkipVerify: []string{}},
+	}
+}
