@@ -1,0 +1,262 @@
+package nydusd
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+)
+
+// The backends that Config can describe.
+const (
+	BackendRegistry = "registry"
+	BackendLocalFS  = "localfs"
+)
+
+// Backend is where nydusd fetches blobs.
+type Backend struct {
+	// Type is BackendRegistry or BackendLocalFS.
+	Type string
+	// Scheme is "http" or "https", Host the registry with its port, Repository
+	// the path without tag or digest. For BackendRegistry.
+	Scheme, Host, Repository string
+	// SkipVerify accepts any certificate. For BackendRegistry.
+	SkipVerify bool
+	// Dir holds one file per blob, named by its id. For BackendLocalFS.
+	Dir string
+}
+
+// Config is what we set in nydusd's configuration; the rest is nydusd's.
+type Config struct {
+	Backend Backend
+	// CacheDir receives the blobs.
+	CacheDir string
+}
+
+// The shape of nydusd's configuration, first version: what 2.2 and 2.4 read
+// alike and what Kata hands on.
+type document struct {
+	Device         device `json:"device"`
+	Mode           string `json:"mode"`
+	DigestValidate bool   `json:"digest_validate"` // RAFS v6 refuses true
+	IOStatsFiles   bool   `json:"iostats_files"`
+	EnableXattr    bool   `json:"enable_xattr"`
+}
+
+type device struct {
+	Backend struct {
+		Type   string `json:"type"`
+		Config any    `json:"config"`
+	} `json:"backend"`
+	Cache struct {
+		Type   string `json:"type"`
+		Config struct {
+			WorkDir string `json:"work_dir"`
+		} `json:"config"`
+	} `json:"cache"`
+}
+
+type registryBackend struct {
+	Scheme         string `json:"scheme"`
+	Host           string `json:"host"`
+	Repo           string `json:"repo"`
+	SkipVerify     bool   `json:"skip_verify,omitempty"`
+	ConnectTimeout int    `json:"connect_timeout"` // seconds
+	Timeout        int    `json:"timeout"`         // seconds, for a whole request
+	RetryLimit     int    `json:"retry_limit"`
+}
+
+// How nydusd treats a slow registry. A request is one range of a few MiB.
+const (
+	connectTimeout = 5
+	requestTimeout = 30
+	retryLimit     = 2
+)
+
+// JSON renders the configuration, without credentials.
+func (c Config) JSON() (string, error) {
+	d := document{Mode: "direct", EnableXattr: true}
+	d.Device.Cache.Type = "blobcache"
+	d.Device.Cache.Config.WorkDir = c.CacheDir
+	b := c.Backend
+	d.Device.Backend.Type = b.Type
+	switch b.Type {
+	case BackendRegistry:
+		if b.Host == "" || b.Repository == "" || (b.Scheme != "http" && b.Scheme != "https") {
+			return "", fmt.Errorf("nydusd configuration: registry backend needs scheme (http or https), host and repository, got %q, %q, %q", b.Scheme, b.Host, b.Repository)
+		}
+		d.Device.Backend.Config = registryBackend{
+			Scheme: b.Scheme, Host: b.Host, Repo: b.Repository, SkipVerify: b.SkipVerify,
+			ConnectTimeout: connectTimeout, Timeout: requestTimeout, RetryLimit: retryLimit,
+		}
+	case BackendLocalFS:
+		if !filepath.IsAbs(b.Dir) {
+			return "", fmt.Errorf("nydusd configuration: localfs backend needs an absolute directory, got %q", b.Dir)
+		}
+		d.Device.Backend.Config = map[string]string{"dir": b.Dir}
+	default:
+		return "", fmt.Errorf("nydusd configuration: unknown backend type %q", b.Type)
+	}
+	text, err := json.Marshal(d)
+	return string(text), err
+}
+
+// AddCredentials returns the configuration text with credentials in its
+// backend; one of auth (base64 of user:password) and registryToken is empty.
+// What it returns is a secret.
+func AddCredentials(config, auth, registryToken string) (string, error) {
+	return edit(config, func(d parsed) error {
+		if auth != "" {
+			d.backend["auth"] = auth
+		}
+		if registryToken != "" {
+			d.backend["registry_token"] = registryToken
+		}
+		return nil
+	})
+}
+
+// SetCacheDir returns the configuration text with another cache directory. One
+// that says nothing of a cache gets one; one that wants none keeps to it.
+func SetCacheDir(config, dir string) (string, error) {
+	return edit(config, func(d parsed) error {
+		d.addCache()
+		d.cache["work_dir"] = dir
+		return nil
+	})
+}
+
+// Origin tells which blobs a configuration reads and where it keeps them.
+type Origin struct {
+	// Host and Repository name a registry; for any other backend Host is empty
+	// and Repository says in canonical JSON where its blobs are.
+	Host, Repository string
+	// CacheDir is empty when the configuration has no cache.
+	CacheDir string
+	// Secret tells that the configuration holds credentials.
+	Secret bool
+}
+
+// places lists, for each backend but the registry, the settings that say where
+// its blobs are. The others say how to get at them, and some are secrets.
+func places() map[string][]string {
+	return map[string][]string{
+		BackendLocalFS: {"dir", "blob_file"},
+		"localdisk":    {"device_path"},
+		"oss":          {"endpoint", "bucket_name", "object_prefix"},
+		"s3":           {"endpoint", "region", "bucket_name", "object_prefix"},
+		"http-proxy":   {"addr", "path"},
+	}
+}
+
+// OriginOf reads a configuration that somebody else wrote, of either of
+// nydusd's two versions.
+func OriginOf(config string) (Origin, error) {
+	var o Origin
+	_, err := edit(config, func(d parsed) error {
+		o.CacheDir, _ = d.cache["work_dir"].(string)
+		o.Secret = holdsSecret(d.backend)
+		if d.kind == BackendRegistry {
+			o.Host, _ = d.backend["host"].(string)
+			o.Repository, _ = d.backend["repo"].(string)
+			if o.Host == "" || o.Repository == "" {
+				return errors.New("registry backend without host or repo")
+			}
+			return nil
+		}
+		names, ok := places()[d.kind]
+		if !ok {
+			return fmt.Errorf("unknown backend type %q", d.kind)
+		}
+		where := map[string]any{"type": d.kind}
+		for _, name := range names {
+			if v, ok := d.backend[name]; ok {
+				where[name] = v
+			}
+		}
+		text, err := json.Marshal(where) // sorts its keys
+		o.Repository = string(text)
+		return err
+	})
+	return o, err
+}
+
+// holdsSecret looks for the settings that let somebody in. A URL may hold a
+// password.
+func holdsSecret(backend map[string]any) bool {
+	for _, name := range []string{"auth", "registry_token", "access_key_id", "access_key_secret"} {
+		if v, ok := backend[name].(string); ok && v != "" {
+			return true
+		}
+	}
+	url, _ := object(backend, "proxy")["url"].(string)
+	return strings.Contains(url, "@")
+}
+
+// parsed gives access to the two parts of a configuration that we touch.
+type parsed struct {
+	kind           string
+	backend, cache map[string]any
+	// addCache makes cache a part of the configuration if it is not yet.
+	addCache func()
+}
+
+// edit changes a configuration in place and keeps everything it does not know.
+// Its errors never repeat the text, which may hold secrets.
+func edit(config string, change func(parsed) error) (string, error) {
+	var tree map[string]any
+	if json.Unmarshal([]byte(config), &tree) != nil || tree == nil {
+		return "", errors.New("nydusd configuration is not a JSON object")
+	}
+	var p parsed
+	if device := object(tree, "device"); device != nil {
+		backend := object(device, "backend")
+		p.kind, _ = backend["type"].(string)
+		p.backend = object(backend, "config")
+		p.findCache(device, "blobcache", "config")
+	} else {
+		backend := object(tree, "backend")
+		p.kind, _ = backend["type"].(string)
+		p.backend = object(backend, p.kind)
+		p.findCache(tree, "filecache", "filecache")
+	}
+	if p.kind == "" || p.backend == nil {
+		return "", errors.New("nydusd configuration names no backend (device.backend.type and .config, or backend.type and its table)")
+	}
+	if err := change(p); err != nil {
+		return "", fmt.Errorf("nydusd configuration: %w", err)
+	}
+	text, err := json.Marshal(tree)
+	if err != nil {
+		return "", errors.New("nydusd configuration cannot be written as JSON")
+	}
+	return string(text), nil
+}
+
+// findCache looks for the settings of a cache in files, called name within the
+// section "cache" of parent.
+func (p *parsed) findCache(parent map[string]any, kind, name string) {
+	section := object(parent, "cache")
+	p.cache = object(section, name)
+	p.addCache = func() {}
+	if p.cache != nil {
+		return
+	}
+	p.cache = map[string]any{}
+	switch section["type"] {
+	case nil, "", "blobcache", "filecache":
+		p.addCache = func() {
+			if section == nil {
+				section = map[string]any{}
+				parent["cache"] = section
+			}
+			section["type"], section[name] = kind, p.cache
+		}
+	}
+}
+
+func object(parent map[string]any, name string) map[string]any {
+	o, _ := parent[name].(map[string]any)
+	return o
+}

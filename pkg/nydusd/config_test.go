@@ -1,0 +1,204 @@
+package nydusd
+
+import (
+	"encoding/json"
+	"reflect"
+	"strings"
+	"testing"
+)
+
+func TestConfigJSON(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		config Config
+		want   string
+	}{
+		{"registry", Config{Backend: Backend{Type: BackendRegistry, Scheme: "https", Host: "r.test:5000", Repository: "a/b"}, CacheDir: "/c"},
+			`{"device":{"backend":{"type":"registry","config":{"scheme":"https","host":"r.test:5000","repo":"a/b","connect_timeout":5,"timeout":30,"retry_limit":2}},` +
+				`"cache":{"type":"blobcache","config":{"work_dir":"/c"}}},"mode":"direct","digest_validate":false,"iostats_files":false,"enable_xattr":true}`},
+		{"registry, any certificate", Config{Backend: Backend{Type: BackendRegistry, Scheme: "http", Host: "h", Repository: "r", SkipVerify: true}},
+			`{"device":{"backend":{"type":"registry","config":{"scheme":"http","host":"h","repo":"r","skip_verify":true,"connect_timeout":5,"timeout":30,"retry_limit":2}},` +
+				`"cache":{"type":"blobcache","config":{"work_dir":""}}},"mode":"direct","digest_validate":false,"iostats_files":false,"enable_xattr":true}`},
+		{"localfs", Config{Backend: Backend{Type: BackendLocalFS, Dir: "/blobs"}, CacheDir: "/c"},
+			`{"device":{"backend":{"type":"localfs","config":{"dir":"/blobs"}},` +
+				`"cache":{"type":"blobcache","config":{"work_dir":"/c"}}},"mode":"direct","digest_validate":false,"iostats_files":false,"enable_xattr":true}`},
+	} {
+		got, err := c.config.JSON()
+		if err != nil || got != c.want {
+			t.Errorf("%s: %v\n got %s\nwant %s", c.name, err, got, c.want)
+		}
+	}
+}
+
+func TestConfigRefuses(t *testing.T) {
+	for name, c := range map[string]struct {
+		backend Backend
+		want    string
+	}{
+		"no type":        {Backend{}, `unknown backend type ""`},
+		"unknown type":   {Backend{Type: "ftp"}, `unknown backend type "ftp"`},
+		"no host":        {Backend{Type: BackendRegistry, Scheme: "https", Repository: "r"}, "needs scheme"},
+		"no repository":  {Backend{Type: BackendRegistry, Scheme: "https", Host: "h"}, "needs scheme"},
+		"other scheme":   {Backend{Type: BackendRegistry, Scheme: "ftp", Host: "h", Repository: "r"}, "http or https"},
+		"no directory":   {Backend{Type: BackendLocalFS}, "absolute directory"},
+		"relative there": {Backend{Type: BackendLocalFS, Dir: "blobs"}, `absolute directory, got "blobs"`},
+	} {
+		if text, err := (Config{Backend: c.backend}).JSON(); err == nil || !strings.Contains(err.Error(), c.want) || text != "" {
+			t.Errorf("%s: %q, %v; want an error that says %s", name, text, err, c.want)
+		}
+	}
+}
+
+const (
+	registryV1 = `{"device":{"backend":{"type":"registry","config":{"host":"h","repo":"r","future":{"a":[1]}}},"cache":{"type":"blobcache","config":{"work_dir":"/c"}}},"mode":"direct","future":1.5}`
+	registryV2 = `{"version":2,"backend":{"type":"registry","registry":{"host":"h","repo":"r"}},"cache":{"type":"filecache","filecache":{"work_dir":"/c"}},"rafs":{"mode":"direct"}}`
+)
+
+func tree(t *testing.T, text string) (out map[string]any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(text), &out); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func TestAddCredentials(t *testing.T) {
+	for in, want := range map[string]string{
+		registryV1: `{"device":{"backend":{"type":"registry","config":{"host":"h","repo":"r","future":{"a":[1]},"auth":"A","registry_token":"T"}},"cache":{"type":"blobcache","config":{"work_dir":"/c"}}},"mode":"direct","future":1.5}`,
+		registryV2: `{"version":2,"backend":{"type":"registry","registry":{"host":"h","repo":"r","auth":"A","registry_token":"T"}},"cache":{"type":"filecache","filecache":{"work_dir":"/c"}},"rafs":{"mode":"direct"}}`,
+	} {
+		got, err := AddCredentials(in, "A", "T")
+		if err != nil || !reflect.DeepEqual(tree(t, got), tree(t, want)) {
+			t.Errorf("%v\n got %s\nwant %s", err, got, want)
+		}
+	}
+	if got, err := AddCredentials(registryV1, "A", ""); err != nil || strings.Contains(got, "registry_token") {
+		t.Errorf("without a token: %v: %s", err, got)
+	}
+}
+
+func TestSetCacheDir(t *testing.T) {
+	for _, in := range []string{registryV1, registryV2} {
+		got, err := SetCacheDir(in, "/elsewhere")
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := tree(t, strings.Replace(in, `"work_dir":"/c"`, `"work_dir":"/elsewhere"`, 1))
+		if !reflect.DeepEqual(tree(t, got), want) {
+			t.Errorf("got %s", got)
+		}
+		if o, err := OriginOf(got); err != nil || o.CacheDir != "/elsewhere" {
+			t.Errorf("the cache directory is %+v, %v", o, err)
+		}
+	}
+}
+
+// A configuration without a cache section of its own gets one: nydusd would
+// otherwise run without, and a daemon of before 2.3 with somebody else's.
+func TestSetCacheDirWhereThereIsNone(t *testing.T) {
+	for _, in := range []string{
+		`{"device":{"backend":{"type":"localfs","config":{"dir":"/b"}}},"mode":"direct"}`,
+		`{"device":{"backend":{"type":"localfs","config":{"dir":"/b"}},"cache":{"type":"blobcache"}},"mode":"direct"}`,
+		`{"version":2,"backend":{"type":"localfs","localfs":{"dir":"/b"}}}`,
+		`{"version":2,"backend":{"type":"localfs","localfs":{"dir":"/b"}},"cache":{}}`,
+	} {
+		got, err := SetCacheDir(in, "/c")
+		if err != nil {
+			t.Errorf("%s: %v", in, err)
+			continue
+		}
+		if o, err := OriginOf(got); err != nil || o.CacheDir != "/c" {
+			t.Errorf("%s: the cache directory is %+v, %v; the text %s", in, o, err, got)
+		}
+	}
+}
+
+func TestSetCacheDirWhereNoneIsWanted(t *testing.T) {
+	for _, in := range []string{
+		`{"device":{"backend":{"type":"localfs","config":{"dir":"/b"}},"cache":{"type":"dummycache"}},"mode":"direct"}`,
+		`{"version":2,"backend":{"type":"localfs","localfs":{"dir":"/b"}},"cache":{"type":"fscache","fscache":{"work_dir":"/f"}}}`,
+	} {
+		if got, err := SetCacheDir(in, "/c"); err != nil || !reflect.DeepEqual(tree(t, got), tree(t, in)) {
+			t.Errorf("%v: %s, want %s", err, got, in)
+		}
+	}
+}
+
+func TestOriginOf(t *testing.T) {
+	oss := `{"version":2,"backend":{"type":"oss","oss":{"endpoint":"e","bucket_name":"b","access_key_id":"ID","access_key_secret":"SECRET"}}}`
+	for in, want := range map[string]Origin{
+		registryV1: {Host: "h", Repository: "r", CacheDir: "/c"},
+		registryV2: {Host: "h", Repository: "r", CacheDir: "/c"},
+		strings.Replace(registryV1, `"repo"`, `"auth":"canary","repo"`, 1):                      {Host: "h", Repository: "r", CacheDir: "/c", Secret: true},
+		strings.Replace(registryV2, `"repo"`, `"registry_token":"canary","repo"`, 1):            {Host: "h", Repository: "r", CacheDir: "/c", Secret: true},
+		strings.Replace(registryV2, `"repo"`, `"proxy":{"url":"http://u:canary@p"},"repo"`, 1):  {Host: "h", Repository: "r", CacheDir: "/c", Secret: true},
+		strings.Replace(registryV2, `"repo"`, `"auth":"","proxy":{"url":"http://p"},"repo"`, 1): {Host: "h", Repository: "r", CacheDir: "/c"},
+		`{"device":{"backend":{"type":"localfs","config":{"dir":"/b","readahead":true}}}}`:      {Repository: `{"dir":"/b","type":"localfs"}`},
+		oss: {Repository: `{"bucket_name":"b","endpoint":"e","type":"oss"}`, Secret: true},
+	} {
+		if got, err := OriginOf(in); err != nil || got != want {
+			t.Errorf("OriginOf(%s) = %+v, %v; want %+v", in, got, err, want)
+		}
+	}
+	// Other credentials, another order: the same origin.
+	other := `{"backend":{"oss":{"access_key_secret":"OTHER","bucket_name":"b","endpoint":"e"},"type":"oss"},"version":2}`
+	a, errA := OriginOf(oss)
+	b, errB := OriginOf(other)
+	if errA != nil || errB != nil || a != b {
+		t.Errorf("origins %+v, %v and %+v, %v; want the same", a, errA, b, errB)
+	}
+}
+
+func TestOriginOfAnUnknownBackend(t *testing.T) {
+	_, err := OriginOf(`{"version":2,"backend":{"type":"ftp","ftp":{"host":"h","password":"canary"}}}`)
+	if err == nil || !strings.Contains(err.Error(), `unknown backend type "ftp"`) || strings.Contains(err.Error(), "canary") {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestBadConfigurationsKeepTheirSecrets(t *testing.T) {
+	for _, in := range []string{
+		"", "canary", `"canary"`, `["canary"]`, "null", `{"device":{"auth":"canary"}`, `{"device":"canary"}`, `{"auth":"canary"}`,
+		`{"device":{"backend":{"type":"registry","auth":"canary"}}}`, `{"device":{"backend":{"config":{"auth":"canary"}}}}`,
+		`{"version":2,"backend":{"type":"registry","auth":"canary"}}`,
+		`{"device":{"backend":{"type":"registry","config":{"repo":"r","auth":"canary"}}}}`,
+		`{"device":{"backend":{"type":"registry","config":{"host":7,"repo":"r","auth":"canary"}}}}`,
+	} {
+		_, err := OriginOf(in)
+		if err == nil {
+			t.Errorf("OriginOf(%s) took it", in)
+			continue
+		}
+		if strings.Contains(err.Error(), "canary") || !strings.Contains(err.Error(), "nydusd configuration") {
+			t.Errorf("OriginOf(%s): %v", in, err)
+		}
+	}
+	for _, in := range []string{"", "canary", `{"device":{"auth":"canary"}}`} {
+		_, err := AddCredentials(in, "secret-canary", "")
+		if err == nil || strings.Contains(err.Error(), "canary") {
+			t.Errorf("AddCredentials(%s): %v", in, err)
+		}
+	}
+}
+
+func FuzzEdit(f *testing.F) {
+	for _, s := range []string{registryV1, registryV2, "", "null", "[]", `{"device":null}`, `{"backend":{"type":"x","x":{}}}`} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, in string) {
+		o, err := OriginOf(in)
+		if err != nil {
+			return
+		}
+		// What can be read can be changed, and stays readable.
+		out, err := SetCacheDir(in, "/c")
+		if err != nil {
+			t.Fatalf("SetCacheDir: %v", err)
+		}
+		now, err := OriginOf(out)
+		// A cache that lies not in files has no directory.
+		if err != nil || now.Host != o.Host || now.Repository != o.Repository || (now.CacheDir != "/c" && now.CacheDir != "") {
+			t.Fatalf("was %+v, is %+v, %v", o, now, err)
+		}
+	})
+}

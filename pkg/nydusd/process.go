@@ -1,0 +1,503 @@
+package nydusd
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
+)
+
+// Command describes one daemon that serves one image over FUSE.
+type Command struct {
+	// Path is the executable.
+	Path string
+	// Config is the configuration file, Bootstrap the image's metadata file.
+	Config, Bootstrap string
+	// Mountpoint is an existing, empty directory.
+	Mountpoint string
+	// Socket is where the daemon's API will listen; it must not exist.
+	Socket string
+	// Log receives standard output and error, panics included.
+	Log *os.File
+	// LogLevel is nydusd's; empty means info.
+	LogLevel string
+	// Threads is the number of FUSE threads; 0 means nydusd's default.
+	Threads int
+	// OOMScoreAdj is the process's; see proc_pid_oom_score_adj(5).
+	OOMScoreAdj int
+	// Cgroup places the process; the zero value leaves it where it is started.
+	Cgroup Cgroup
+	// CacheLock is inherited, so that what it locks stays locked exactly as
+	// long as the process is there. May be nil.
+	CacheLock *os.File
+}
+
+// Process is a started daemon.
+type Process struct {
+	// PID and StartTime (in clock ticks since boot) name the process for good;
+	// a PID alone is used again.
+	PID       int
+	StartTime uint64
+	// FD is a pidfd: readable once the process has ended.
+	FD int
+	// Warnings say what could not be arranged although the daemon runs.
+	Warnings []string
+}
+
+// Start starts the daemon and does not wait for it. It outlives its starter.
+func Start(c Command) (*Process, error) {
+	type result struct {
+		p   *Process
+		err error
+	}
+	done := make(chan result, 1)
+	// A child inherits signal mask and cgroup from the thread that forks, so
+	// both are set on a thread that is thrown away afterwards: it stays locked
+	// to the goroutine and ends with it.
+	go func() {
+		runtime.LockOSThread()
+		p, err := start(c)
+		done <- result{p, err}
+	}()
+	r := <-done
+	if r.err != nil {
+		return nil, fmt.Errorf("start nydusd %s: %w", c.Path, r.err)
+	}
+	return r.p, nil
+}
+
+func start(c Command) (*Process, error) {
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return nil, err
+	}
+	defer null.Close()
+	if err := blockSignals(); err != nil {
+		return nil, err
+	}
+	// Whatever the caller of our program left open must not reach the daemon.
+	if err := closeOnExec(); err != nil {
+		return nil, fmt.Errorf("close inherited descriptors: %w", err)
+	}
+	p := &Process{FD: -1}
+	attr := &syscall.SysProcAttr{Setsid: true, PidFD: &p.FD}
+	leave, warnings := c.Cgroup.enter(attr)
+	defer leave()
+	p.Warnings = warnings
+
+	files := []*os.File{null, c.Log, c.Log}
+	if c.CacheLock != nil {
+		files = append(files, c.CacheLock)
+	}
+	attrs := &os.ProcAttr{Dir: "/", Env: environment(os.Environ()), Files: files, Sys: attr}
+	proc, err := os.StartProcess(c.Path, c.args(), attrs)
+	if err != nil && attr.UseCgroupFD {
+		// The kernel may not let it in, for example into a threaded cgroup.
+		attr.UseCgroupFD = false
+		p.Warnings = append(p.Warnings, fmt.Sprintf("start within a cgroup of its own: %v", err))
+		proc, err = os.StartProcess(c.Path, c.args(), attrs)
+	}
+	if err != nil {
+		return nil, explain(err)
+	}
+	p.PID = proc.Pid
+	p.limits(c.OOMScoreAdj)
+	// Nobody has reaped it, so it is there even if it has ended already.
+	if p.StartTime, err = startTime(p.PID); err == nil && p.FD < 0 {
+		err = errors.New("the kernel has no pidfds: Linux 5.4 is needed")
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("follow process %d: %w", p.PID, err), proc.Kill())
+	}
+	return p, nil
+}
+
+func (c Command) args() []string {
+	args := []string{c.Path, "fuse", "--config", c.Config, "--bootstrap", c.Bootstrap, "--mountpoint", c.Mountpoint,
+		"--apisock", c.Socket,
+		// The limit is set from outside: nydusd ends when it may not raise it.
+		"--rlimit-nofile", "0"}
+	if c.LogLevel != "" {
+		args = append(args, "--log-level", c.LogLevel)
+	}
+	if c.Threads > 0 {
+		args = append(args, "--fuse-threads", strconv.Itoa(c.Threads))
+	}
+	return args
+}
+
+// environment keeps what nydusd's HTTP client and its panics understand, and
+// nothing of the container whose mount happens to start it.
+func environment(all []string) []string {
+	env := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+	for _, e := range all {
+		name, _, _ := strings.Cut(e, "=")
+		switch strings.ToUpper(name) {
+		case "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "RUST_BACKTRACE":
+			env = append(env, e)
+		}
+	}
+	return env
+}
+
+// closeOnExec keeps every descriptor but the standard three from what is
+// executed next.
+func closeOnExec() error {
+	err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC)
+	if !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EINVAL) {
+		return err
+	}
+	// Before Linux 5.11.
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if fd, err := strconv.Atoi(e.Name()); err == nil && fd > 2 {
+			unix.CloseOnExec(fd)
+		}
+	}
+	return nil
+}
+
+// blockSignals blocks SIGINT and SIGTERM for the calling thread and what it
+// starts.
+func blockSignals() error {
+	var set unix.Sigset_t
+	for _, sig := range []unix.Signal{unix.SIGINT, unix.SIGTERM} {
+		set.Val[(sig-1)/64] |= 1 << ((sig - 1) % 64)
+	}
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &set, nil); err != nil {
+		return fmt.Errorf("block signals: %w", err)
+	}
+	return nil
+}
+
+// limits gives the process the file limit that it can have and its OOM score.
+func (p *Process) limits(oomScoreAdj int) {
+	var now unix.Rlimit
+	if err := unix.Prlimit(p.PID, unix.RLIMIT_NOFILE, nil, &now); err == nil {
+		want := unix.Rlimit{Cur: 1 << 20, Max: max(1<<20, now.Max)}
+		if unix.Prlimit(p.PID, unix.RLIMIT_NOFILE, &want, nil) != nil {
+			want = unix.Rlimit{Cur: now.Max, Max: now.Max}
+			if err := unix.Prlimit(p.PID, unix.RLIMIT_NOFILE, &want, nil); err != nil {
+				p.Warnings = append(p.Warnings, fmt.Sprintf("raise the file limit to %d: %v", now.Max, err))
+			}
+		}
+	}
+	file := fmt.Sprintf("/proc/%d/oom_score_adj", p.PID)
+	if err := os.WriteFile(file, []byte(strconv.Itoa(oomScoreAdj)), 0); err != nil {
+		p.Warnings = append(p.Warnings, fmt.Sprintf("set oom_score_adj to %d: %v", oomScoreAdj, err))
+	}
+}
+
+// explain makes the usual mistakes readable.
+func explain(err error) error {
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("%w; install nydusd or set [daemon] nydusd_path", err)
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("%w; is the file executable?", err)
+	}
+	return err
+}
+
+// Kill ends a daemon that nobody uses, and waits until it is gone. A daemon
+// whose mounts are in use must not be killed. Its filesystem on mountpoint is
+// aborted: when nydusd starts it asks that itself, and a thread that waits for an
+// answer from the threads that were killed beside it would never end, nor let go
+// of the device whose closing would wake it.
+func (p *Process) Kill(mountpoint string) error {
+	if err := p.killGroup(); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill nydusd %d: %w", p.PID, err)
+	}
+	// After the signal, so that no mount comes behind it that is asked.
+	if err := rootfs.Abort(mountpoint); err != nil {
+		return fmt.Errorf("kill nydusd %d: %w", p.PID, err)
+	}
+	p.Wait(time.Time{})
+	return nil
+}
+
+// killGroup kills the process with what it started itself, when it is a script
+// for example. Before Linux 6.9 a pidfd names no group (EINVAL), and a process
+// that leads none yet has none (ESRCH).
+func (p *Process) killGroup() error {
+	const group = 1 << 2 // PIDFD_SIGNAL_PROCESS_GROUP
+	err := unix.PidfdSendSignal(p.FD, unix.SIGKILL, nil, group)
+	if err != nil {
+		err = unix.PidfdSendSignal(p.FD, unix.SIGKILL, nil, 0)
+	}
+	return err
+}
+
+// Abandon makes a daemon end whose filesystem is gone, and does not wait for it.
+func (p *Process) Abandon() error {
+	if err := unix.PidfdSendSignal(p.FD, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill nydusd %d, which serves nobody any more: %w", p.PID, err)
+	}
+	return nil
+}
+
+// Wait waits for the process to end, until deadline (zero: for ever), and tells
+// whether it has.
+func (p *Process) Wait(deadline time.Time) bool { return p.wait(deadline, -1) }
+
+// WaitContext waits for the process to end or ctx, and tells whether it has
+// ended.
+func (p *Process) WaitContext(ctx context.Context) bool {
+	r, w, err := os.Pipe()
+	if err != nil {
+		// Out of descriptors: the caller asks again.
+		<-ctx.Done()
+		return p.wait(time.Now(), -1)
+	}
+	defer r.Close()
+	// A second close is harmless.
+	defer w.Close()
+	defer context.AfterFunc(ctx, func() { w.Close() })()
+	return p.wait(time.Time{}, int(r.Fd()))
+}
+
+func (p *Process) wait(deadline time.Time, stop int) bool {
+	polls := []unix.PollFd{{Fd: int32(p.FD), Events: unix.POLLIN}, {Fd: int32(stop)}}
+	for {
+		timeout := -1
+		if !deadline.IsZero() {
+			timeout = int(max(0, (time.Until(deadline)+time.Millisecond-1)/time.Millisecond))
+		}
+		_, err := unix.Poll(polls, timeout)
+		if !errors.Is(err, unix.EINTR) {
+			return polls[0].Revents != 0
+		}
+	}
+}
+
+// Connected tells whether the daemon's filesystem still exists: as long as it
+// does, its device number is nobody else's. A daemon whose filesystem is gone
+// serves nobody, even if it has not ended yet.
+func (p *Process) Connected() (bool, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", p.PID)
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return false, nil // it has just ended
+	}
+	if err != nil {
+		return false, fmt.Errorf("look at process %d: %w", p.PID, err)
+	}
+	for _, e := range entries {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		if link, err := os.Readlink(filepath.Join(dir, e.Name())); err != nil || link != fuseDevice {
+			continue
+		}
+		if p.serving(fd) {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// fuseDevice is what nydusd opens to serve a filesystem.
+const fuseDevice = "/dev/fuse"
+
+// serving looks at one of the daemon's open FUSE devices. The kernel reports an
+// error on it once the filesystem is gone.
+func (p *Process) serving(fd int) bool {
+	own, err := unix.PidfdGetfd(p.FD, fd, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(own)
+	polls := []unix.PollFd{{Fd: int32(own)}}
+	_, err = unix.Poll(polls, 0)
+	return err == nil && polls[0].Revents&unix.POLLERR == 0
+}
+
+// Exit describes how a process that we started has ended, reaping it; empty
+// when that cannot be known.
+func (p *Process) Exit() string {
+	var status unix.WaitStatus
+	if pid, err := unix.Wait4(p.PID, &status, unix.WNOHANG, nil); err != nil || pid != p.PID {
+		return ""
+	}
+	if status.Signaled() {
+		return "killed by " + unix.SignalName(status.Signal())
+	}
+	return fmt.Sprintf("exit status %d", status.ExitStatus())
+}
+
+// Close releases the pidfd.
+func (p *Process) Close() error { return unix.Close(p.FD) }
+
+// Find opens a process by PID and start time. It returns nil without an error
+// when it is gone.
+func Find(pid int, startTime uint64) (*Process, error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open process %d: %w", pid, err)
+	}
+	// Read after the pidfd was opened: if it still matches, the pidfd is ours.
+	if now, err := StartTime(pid); err != nil || now != startTime {
+		return nil, unix.Close(fd)
+	}
+	return &Process{PID: pid, StartTime: startTime, FD: fd}, nil
+}
+
+// StartTime reads when a process that still runs was started, in clock ticks
+// since boot. A zombie does not run.
+func StartTime(pid int) (uint64, error) {
+	fields, err := stat(pid)
+	if err != nil {
+		return 0, err
+	}
+	if state := fields[0]; state == "Z" || state == "X" {
+		return 0, fmt.Errorf("process %d: %w", pid, os.ErrProcessDone)
+	}
+	return strconv.ParseUint(fields[startTimeField], 10, 64)
+}
+
+// startTime is StartTime for a process that may have ended.
+func startTime(pid int) (uint64, error) {
+	fields, err := stat(pid)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.ParseUint(fields[startTimeField], 10, 64)
+}
+
+// startTimeField is the index of field 22 in what stat returns.
+const startTimeField = 22 - 3
+
+// stat returns the fields of proc_pid_stat(5) from the third on, the state.
+func stat(pid int) ([]string, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil, err
+	}
+	// The second field, the command, may hold spaces and parentheses.
+	fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
+	if len(fields) < 20 {
+		return nil, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields)+2)
+	}
+	return fields, nil
+}
+
+// Orphans lists the daemons whose mountpoint lies beneath dir, from their
+// argument lists. It finds a daemon whose starter was killed before it could
+// write down the PID.
+func Orphans(dir string) ([]*Process, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var found []*Process
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || !serves(pid, dir) {
+			continue
+		}
+		start, err := StartTime(pid)
+		if err != nil {
+			continue // it has just ended
+		}
+		p, err := Find(pid, start)
+		if err != nil {
+			return found, err
+		}
+		if p != nil {
+			found = append(found, p)
+		}
+	}
+	return found, nil
+}
+
+func serves(pid int, dir string) bool {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil || !bytes.Contains(text, []byte(dir)) {
+		return false
+	}
+	args := strings.Split(string(text), "\x00")
+	for i, a := range args[:len(args)-1] {
+		if a == "--mountpoint" && strings.HasPrefix(args[i+1], dir+"/") {
+			return true
+		}
+	}
+	return false
+}
+
+// SharesCache tells whether several daemons of this executable may use one
+// cache directory: from 2.3 on. A build that does not tell its version may not.
+func SharesCache(ctx context.Context, path string) (bool, error) {
+	cmd := exec.CommandContext(ctx, path, "--version")
+	// What it started itself ends with it, and otherwise may keep the pipe open.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return unix.Kill(-cmd.Process.Pid, unix.SIGKILL) }
+	cmd.WaitDelay = time.Second
+	out, err := cmd.Output()
+	if ctx.Err() != nil {
+		err = fmt.Errorf("no answer in time: %w", ctx.Err())
+	}
+	if err != nil {
+		return false, fmt.Errorf("ask %s for its version: %w", path, explain(err))
+	}
+	major, minor := versionOf(string(out))
+	return major > 2 || major == 2 && minor >= 3, nil
+}
+
+// versionOf finds "Version: v2.3.1" in what `nydusd --version` prints; zeros
+// without. No regular expressions here: they would be compiled, and Unicode's
+// tables built, in each mount.
+func versionOf(text string) (major, minor int) {
+	_, after, _ := strings.Cut(text, "Version:")
+	if n, _ := fmt.Sscanf(strings.TrimPrefix(strings.TrimSpace(after), "v"), "%d.%d", &major, &minor); n < 2 {
+		return 0, 0
+	}
+	return major, minor
+}
+
+// plain drops the colours that nydusd writes around errors for a terminal.
+func plain(s string) string {
+	var b strings.Builder
+	for s != "" {
+		before, after, _ := strings.Cut(s, "\x1b[")
+		b.WriteString(before)
+		s = strings.TrimPrefix(strings.TrimLeft(after, "0123456789;"), "m")
+	}
+	return b.String()
+}
+
+// Tail returns the last lines of a log file, at most n, joined by " | ",
+// without colours. It looks at what stands behind offset only.
+func Tail(path string, offset int64, n int) string {
+	f, err := os.Open(filepath.Clean(path))
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	buf := make([]byte, 8<<10)
+	size, err := f.Seek(0, 2)
+	if err != nil {
+		return ""
+	}
+	got, _ := f.ReadAt(buf, max(offset, size-int64(len(buf))))
+	lines := strings.Split(strings.TrimSpace(plain(string(buf[:got]))), "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], " | ")
+}
