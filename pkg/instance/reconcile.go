@@ -1,0 +1,306 @@
+package instance
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
+)
+
+const (
+	// settle is how long the reconciler waits after a change for further ones:
+	// starting a pod changes the mount table dozens of times.
+	settle = 100 * time.Millisecond
+	// recheck is when an instance is looked at again that could not be handled,
+	// because a helper works on it or an operation failed.
+	recheck = time.Second
+	// pruneEvery is how often the disk is cleaned.
+	pruneEvery = time.Hour
+	// logRetention is how long the log of an instance that is gone is kept.
+	logRetention = 24 * time.Hour
+)
+
+// ReconcilerConfig is what a Reconciler needs.
+type ReconcilerConfig struct {
+	// RunDir and Root are as in Spec.
+	RunDir, Root string
+	// Linger is how long an idle instance stays: containerd mounts an image
+	// several times in a row when it creates a container.
+	Linger time.Duration
+	Log    *slog.Logger
+	// Now is the clock; nil for the real one.
+	Now func() time.Time
+}
+
+// Reconciler releases instances that nothing uses any more and cleans up what
+// killed helpers and daemons left. One per run directory is enough, and none is
+// needed for mounts to work.
+type Reconciler struct {
+	cfg ReconcilerConfig
+	// idle is since when an instance has been seen unused.
+	idle map[string]time.Time
+	// pruned is when the disk was last cleaned.
+	pruned time.Time
+	// waiting holds the retired daemons that are being waited for, by PID;
+	// ended receives those that have ended.
+	waiting map[int]bool
+	ended   chan int
+}
+
+// NewReconciler returns a Reconciler that does nothing until Run.
+func NewReconciler(cfg ReconcilerConfig) *Reconciler {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	return &Reconciler{cfg: cfg, idle: map[string]time.Time{}, ended: make(chan int), waiting: map[int]bool{}}
+}
+
+// Run works until ctx ends, and returns an error only when it cannot follow the
+// mount table. At its end it leaves everything as it is.
+func (r *Reconciler) Run(ctx context.Context) error {
+	changed := make(chan struct{}, 1)
+	failed := make(chan error, 1)
+	go func() { failed <- rootfs.Follow(ctx, func() { poke(changed) }) }()
+	for {
+		if r.cfg.Now().Sub(r.pruned) > pruneEvery {
+			r.pruneDisk(ctx)
+		}
+		timer := time.NewTimer(r.pass(ctx))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return <-failed
+		case err := <-failed:
+			timer.Stop()
+			return err
+		case <-changed:
+			// Let a burst of changes end before looking.
+			timer.Reset(settle)
+			select {
+			case <-timer.C:
+			case <-ctx.Done():
+			}
+		case pid := <-r.ended:
+			delete(r.waiting, pid)
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+func poke(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default: // one is on its way already
+	}
+}
+
+// pass looks at every instance once and returns when it wants to look again
+// even if nothing changes.
+func (r *Reconciler) pass(ctx context.Context) time.Duration {
+	next := time.Hour
+	keys, err := Keys(r.cfg.RunDir)
+	if err != nil {
+		r.cfg.Log.Error("list instances", "error", err)
+		return recheck
+	}
+	r.removeGone()
+	if len(keys) == 0 {
+		clear(r.idle)
+		return next
+	}
+	x, err := readMounts()
+	if err != nil {
+		r.cfg.Log.Error("look for idle instances", "error", err)
+		return recheck
+	}
+	seen := map[string]time.Time{}
+	for _, key := range keys {
+		wait, err := r.look(ctx, key, x)
+		if err != nil && !errors.Is(err, errLocked) && !errors.Is(err, errEnded) {
+			r.cfg.Log.Error("reconcile instance", "instance", key, "error", err)
+		}
+		if err != nil {
+			wait = recheck
+		}
+		if since, ok := r.idle[key]; ok {
+			seen[key] = since
+		}
+		next = min(next, wait)
+	}
+	r.idle = seen
+	return max(next, settle)
+}
+
+// look handles one instance and returns when it is to be looked at again.
+func (r *Reconciler) look(ctx context.Context, key string, x *mountIndex) (time.Duration, error) {
+	if wait, ok := r.leave(key, x); ok {
+		return wait, nil
+	}
+	i, err := open(ctx, dirOf(r.cfg.RunDir, key), openTry)
+	if errors.Is(err, errGone) {
+		return time.Hour, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer i.Close()
+	if g := i.rec.Current; g != nil && !g.Ready {
+		// Its helper was killed: a living one would hold the lock.
+		r.cfg.Log.Warn("clean up a start that was interrupted", "instance", key, "image", i.rec.Image)
+		if err := i.retire(); err != nil {
+			return 0, err
+		}
+	}
+	wait, err := r.linger(i)
+	if err != nil {
+		return 0, err
+	}
+	if err := i.sweep(); err != nil {
+		return 0, err
+	}
+	if err := r.await(ctx, i.rec.Retired); err != nil {
+		return 0, err
+	}
+	if i.rec.Root == "" {
+		i.rec.Root = r.cfg.Root // its helper was killed before it wrote that down
+	}
+	removed, err := i.removeIfEmpty(i.removeDisk)
+	if removed {
+		r.cfg.Log.Info("instance ended", "instance", key, "image", i.rec.Image)
+	}
+	return wait, err
+}
+
+// leave tells whether there is nothing to do for the instance, and until when.
+// It takes no lock, so that it keeps no mount waiting.
+func (r *Reconciler) leave(key string, x *mountIndex) (time.Duration, bool) {
+	rec, err := ReadRecord(r.cfg.RunDir, key)
+	if err != nil || rec.Current == nil || !rec.Current.Ready || len(rec.Retired) > 0 {
+		return 0, false
+	}
+	targets, gone, err := users(dirOf(r.cfg.RunDir, key), rec, x)
+	if err != nil || len(gone) > 0 {
+		return 0, false
+	}
+	left := r.left(key, len(targets) > 0)
+	return left, left > 0
+}
+
+// left returns how long the instance may stay, 0 when its time is over.
+func (r *Reconciler) left(key string, used bool) time.Duration {
+	if used {
+		delete(r.idle, key)
+		return time.Hour
+	}
+	now := r.cfg.Now()
+	if _, ok := r.idle[key]; !ok {
+		r.idle[key] = now
+	}
+	return max(0, r.cfg.Linger-now.Sub(r.idle[key]))
+}
+
+// linger releases the instance when it has been idle for long enough, and
+// otherwise returns how long it may stay.
+func (r *Reconciler) linger(i *Instance) (time.Duration, error) {
+	key := i.rec.Key
+	if i.rec.Current == nil {
+		delete(r.idle, key)
+		return time.Hour, nil
+	}
+	// Read under the lock: a mount may have been made since the pass began.
+	x, err := readMounts()
+	if err != nil {
+		return 0, err
+	}
+	targets, err := i.usedBy(x)
+	if err != nil {
+		return 0, err
+	}
+	if left := r.left(key, len(targets) > 0); left > 0 {
+		return left, nil
+	}
+	delete(r.idle, key)
+	r.cfg.Log.Info("release idle instance", "instance", key, "image", i.rec.Image, "pid", i.rec.Current.PID)
+	return time.Hour, i.retire()
+}
+
+// await makes Run look again once a retired daemon has ended. Nothing else
+// tells: its last mount may have gone long before, or in another namespace.
+func (r *Reconciler) await(ctx context.Context, retired []Generation) error {
+	for _, g := range retired {
+		if r.waiting[g.PID] {
+			continue
+		}
+		p, err := nydusd.Find(g.PID, g.StartTime)
+		if err != nil {
+			return err
+		}
+		if p == nil {
+			return errEnded
+		}
+		r.waiting[g.PID] = true
+		go func() {
+			defer p.Close()
+			p.WaitContext(ctx)
+			select {
+			case r.ended <- g.PID:
+			case <-ctx.Done():
+			}
+		}()
+	}
+	return nil
+}
+
+// errEnded says that a daemon ended while its instance was being looked at.
+var errEnded = errors.New("daemon has just ended")
+
+// removeGone finishes removals that were interrupted.
+func (r *Reconciler) removeGone() {
+	gone, _ := filepath.Glob(filepath.Join(instancesDir(r.cfg.RunDir), ".gone-*"))
+	for _, path := range gone {
+		if err := os.RemoveAll(path); err != nil {
+			r.cfg.Log.Error("remove what is left of an instance", "path", path, "error", err)
+		}
+	}
+}
+
+// pruneDisk removes what instances left on disk that are not there any more,
+// as after a reboot: the bootstrap at once, the log when it is old.
+func (r *Reconciler) pruneDisk(ctx context.Context) {
+	r.pruned = r.cfg.Now()
+	entries, err := os.ReadDir(filepath.Join(r.cfg.Root, "instances"))
+	if err != nil {
+		return // there never was an instance
+	}
+	for _, e := range entries {
+		if _, err := os.Stat(string(dirOf(r.cfg.RunDir, e.Name()))); err == nil || strings.HasPrefix(e.Name(), ".") {
+			continue
+		}
+		if err := r.prune(ctx, e.Name()); err != nil {
+			r.cfg.Log.Error("remove what is left of an instance", "instance", e.Name(), "error", err)
+		}
+	}
+}
+
+// prune removes an instance that is only on disk. It takes the lock for it: a
+// mount of the same image may begin at this moment.
+func (r *Reconciler) prune(ctx context.Context, key string) error {
+	i, err := open(ctx, dirOf(r.cfg.RunDir, key), openCreate)
+	if err != nil {
+		return err
+	}
+	i.rec.Root = r.cfg.Root
+	onDisk := i.removeBootstrap
+	if info, err := os.Stat(diskDirOf(r.cfg.Root, key).log()); err != nil || r.cfg.Now().Sub(info.ModTime()) > logRetention {
+		onDisk = i.removeDisk
+	}
+	_, err = i.removeIfEmpty(onDisk)
+	return errors.Join(err, i.Close())
+}

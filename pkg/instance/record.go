@@ -1,0 +1,263 @@
+package instance
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
+)
+
+// recordVersion is the version of record.json.
+const recordVersion = 1
+
+// Record is what is known of an instance. It holds no secret.
+type Record struct {
+	Version         int              `json:"version"`
+	Key             string           `json:"key"`
+	Image           string           `json:"image,omitempty"`
+	BootstrapDigest string           `json:"bootstrap_digest"`
+	Host            string           `json:"host,omitempty"`
+	Repository      string           `json:"repository,omitempty"`
+	CacheDir        string           `json:"cache_dir"`
+	Root            string           `json:"root"`
+	Driver          mountspec.Driver `json:"driver"`
+	// Last is the number of the newest generation there was.
+	Last int `json:"last"`
+	// Current is the generation that new mounts use, nil for none.
+	Current *Generation `json:"current,omitempty"`
+	// Retired are the earlier ones that may not have ended yet.
+	Retired []Generation `json:"retired,omitempty"`
+}
+
+// Generation is one daemon with its mount.
+type Generation struct {
+	Number int `json:"number"`
+	// Ready is set once the filesystem has answered. Until then nothing uses it.
+	Ready bool `json:"ready"`
+	// Alone says that no snapshotter looks after it: whoever mounts it lets it
+	// go at once.
+	Alone bool `json:"alone,omitempty"`
+	// Failed is set once it did not answer. Nothing new is mounted on it.
+	Failed bool `json:"failed,omitempty"`
+	// Mountpoint is where the filesystem is, or was, mounted.
+	Mountpoint string `json:"mountpoint"`
+	// Socket is the daemon's API.
+	Socket string `json:"socket"`
+	// Dev is the filesystem's device number, "major:minor".
+	Dev string `json:"dev,omitempty"`
+	// PID and StartTime name the daemon's process.
+	PID       int    `json:"pid,omitempty"`
+	StartTime uint64 `json:"start_time,omitempty"`
+	// Nydusd is the executable, Cgroup the parent of its cgroup.
+	Nydusd string `json:"nydusd"`
+	Cgroup string `json:"cgroup,omitempty"`
+	// Started is when the daemon was started.
+	Started time.Time `json:"started"`
+}
+
+// User is one overlay that the mount helper made on an instance. Overlays name
+// their lower directories in a way that cannot be relied on, so the helper
+// writes down what it mounted.
+type User struct {
+	// Target is the overlay's mountpoint.
+	Target string `json:"target"`
+	// Generation is the one it was mounted on.
+	Generation int `json:"generation"`
+	// Dev is the overlay's device number; empty while it is being mounted.
+	Dev string `json:"dev,omitempty"`
+	// Upper is its upper directory. It tells this overlay from a later one
+	// with the same device number, since no two snapshots share one.
+	Upper string `json:"upper,omitempty"`
+	// Options are all its options as the mount table has them, for an overlay
+	// without an upper directory.
+	Options string `json:"options,omitempty"`
+}
+
+func instancesDir(runDir string) string { return filepath.Join(runDir, "i") }
+
+// dir is an instance's directory.
+type dir string
+
+func dirOf(runDir, key string) dir { return dir(filepath.Join(instancesDir(runDir), key)) }
+
+func (d dir) lock() string     { return filepath.Join(string(d), "lock") }
+func (d dir) record() string   { return filepath.Join(string(d), "record.json") }
+func (d dir) users() string    { return filepath.Join(string(d), "u") }
+func (d dir) gen(n int) genDir { return genDir(filepath.Join(string(d), "g"+strconv.Itoa(n))) }
+
+// user is the file of the overlay on target.
+func (d dir) user(target string) string {
+	sum := sha256.Sum256([]byte(target))
+	return filepath.Join(d.users(), hex.EncodeToString(sum[:16]))
+}
+
+// genDir is the directory of one generation.
+type genDir string
+
+func (d genDir) mountpoint() string { return filepath.Join(string(d), "mnt") }
+func (d genDir) socket() string     { return filepath.Join(string(d), "api.sock") }
+func (d genDir) config() string     { return filepath.Join(string(d), "config.json") }
+
+// diskDir is the instance's directory on disk.
+type diskDir string
+
+func diskDirOf(root, key string) diskDir {
+	return diskDir(filepath.Join(root, "instances", key))
+}
+func (d diskDir) bootstrap() string { return filepath.Join(string(d), "bootstrap") }
+func (d diskDir) log() string       { return filepath.Join(string(d), "nydusd.log") }
+
+// Instance is an instance whose lock is held.
+type Instance struct {
+	dir  dir
+	lock *os.File
+	rec  Record
+	// started says that this handle's Ensure made the current generation
+	// reachable: it was not when it came.
+	started bool
+}
+
+// errGone says that the instance does not exist, errLocked that somebody else
+// holds its lock.
+var (
+	errGone   = errors.New("no such instance")
+	errLocked = errors.New("instance is locked by another process")
+)
+
+// How open goes about an instance that is missing or locked.
+type openMode int
+
+const (
+	openExisting openMode = iota // wait for the lock; errGone when it is missing
+	openCreate                   // wait for the lock; make it when it is missing
+	openTry                      // errLocked when it is locked, errGone when it is missing
+)
+
+// open locks an instance and reads its record. It waits no longer than ctx.
+func open(ctx context.Context, d dir, mode openMode) (*Instance, error) {
+	for {
+		if mode == openCreate {
+			err := os.MkdirAll(d.users(), 0o700)
+			if (errors.Is(err, fs.ErrExist) || errors.Is(err, fs.ErrNotExist)) && ctx.Err() == nil {
+				continue // removed while it was being made
+			}
+			if err != nil {
+				return nil, fmt.Errorf("create instance: %w", err)
+			}
+		}
+		f, err := os.OpenFile(d.lock(), os.O_RDWR|os.O_CREATE, 0o600)
+		if errors.Is(err, fs.ErrNotExist) {
+			if mode == openCreate {
+				continue // removed since mkdir
+			}
+			return nil, errGone
+		}
+		if err != nil {
+			return nil, fmt.Errorf("open instance lock: %w", err)
+		}
+		if err := acquire(ctx, f, mode); err != nil {
+			return nil, fmt.Errorf("lock instance %s: %w", d, err)
+		}
+		// Whoever held the lock before may have removed the directory.
+		if !sameFile(f, d.lock()) {
+			f.Close()
+			continue
+		}
+		i := &Instance{dir: d, lock: f}
+		if err := i.read(); err != nil {
+			f.Close()
+			return nil, err
+		}
+		return i, nil
+	}
+}
+
+// acquire locks f, or closes it and returns an error.
+func acquire(ctx context.Context, f *os.File, mode openMode) error {
+	err := flock(f, unix.LOCK_EX|unix.LOCK_NB)
+	if !errors.Is(err, unix.EWOULDBLOCK) || mode == openTry {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = errLocked
+		}
+		if err != nil {
+			f.Close()
+		}
+		return err
+	}
+	done := make(chan struct{})
+	go func() {
+		err = flock(f, unix.LOCK_EX)
+		close(done)
+	}()
+	select {
+	case <-done:
+		if err != nil {
+			f.Close()
+		}
+		return err
+	case <-ctx.Done():
+		// The lock may still come; it goes again with the file.
+		go func() {
+			<-done
+			f.Close()
+		}()
+		return fmt.Errorf("%w, which did not finish in time: %w", errLocked, context.Cause(ctx))
+	}
+}
+
+func sameFile(f *os.File, path string) bool {
+	a, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	b, err := os.Stat(path)
+	return err == nil && os.SameFile(a, b)
+}
+
+// Close gives the lock back.
+func (i *Instance) Close() error { return i.lock.Close() }
+
+// read loads the record. A missing one is that of a new instance.
+func (i *Instance) read() error {
+	text, err := os.ReadFile(i.dir.record())
+	if errors.Is(err, fs.ErrNotExist) {
+		i.rec = Record{Version: recordVersion, Key: filepath.Base(string(i.dir))}
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read instance record: %w", err)
+	}
+	err = json.Unmarshal(text, &i.rec)
+	if err == nil && (i.rec.Version == 0 || i.rec.Key != filepath.Base(string(i.dir))) {
+		err = errors.New("not the record of this instance")
+	}
+	if err != nil {
+		return fmt.Errorf("read instance record %s: %w; it was damaged: end the containers of this image, unmount %s and remove %s", i.dir.record(), err, filepath.Join(string(i.dir), "g*", "mnt"), i.dir)
+	}
+	if i.rec.Version != recordVersion {
+		return fmt.Errorf("read instance record %s: version %d, this program knows %d; end the containers of this image before changing versions", i.dir.record(), i.rec.Version, recordVersion)
+	}
+	return nil
+}
+
+func (i *Instance) write() error {
+	text, err := json.Marshal(i.rec)
+	if err == nil {
+		err = writeFile(i.dir.record(), text)
+	}
+	if err != nil {
+		return fmt.Errorf("write instance record: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,600 @@
+package instance
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
+)
+
+// Use runs mount, which makes an overlay on target with the instance as a lower
+// directory, and writes down that target uses the instance. upper is the
+// overlay's upper directory or empty. Killed in between, it leaves a user that
+// is pending: the mount table tells whether the mount was made.
+func (i *Instance) Use(target, upper string, mount func() error) error {
+	u := User{Target: target, Generation: i.rec.Current.Number, Upper: upper}
+	if err := i.writeUser(u); err != nil {
+		return err
+	}
+	if err := mount(); err != nil {
+		return errors.Join(err, i.dropUser(target))
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(target, &st); err != nil {
+		err = fmt.Errorf("check the new root filesystem: %w", &os.PathError{Op: "stat", Path: target, Err: err})
+		return errors.Join(err, rootfs.Detach(target), i.dropUser(target))
+	}
+	u.Dev = fmt.Sprintf("%d:%d", unix.Major(st.Dev), unix.Minor(st.Dev))
+	var err error
+	if upper == "" {
+		var m rootfs.Mount
+		m, _, err = rootfs.Lookup(target)
+		u.Options = m.Options
+	}
+	if err == nil {
+		err = i.writeUser(u)
+	}
+	if err != nil {
+		return errors.Join(err, rootfs.Detach(target), i.dropUser(target))
+	}
+	return nil
+}
+
+func (i *Instance) writeUser(u User) error {
+	text, err := json.Marshal(u)
+	if err == nil {
+		err = writeFile(i.dir.user(u.Target), text)
+	}
+	if err != nil {
+		return fmt.Errorf("write down who uses the instance: %w", err)
+	}
+	return nil
+}
+
+func (i *Instance) dropUser(target string) error {
+	if err := os.Remove(i.dir.user(target)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// mountIndex is the mount table with a way to find mounts by device number.
+type mountIndex struct {
+	rootfs.Table
+	byDev map[string]rootfs.Table
+}
+
+func readMounts() (*mountIndex, error) {
+	table, err := rootfs.ReadTable()
+	if err != nil {
+		return nil, err
+	}
+	return indexOf(table), nil
+}
+
+func indexOf(table rootfs.Table) *mountIndex {
+	x := &mountIndex{Table: table, byDev: map[string]rootfs.Table{}}
+	for _, m := range table {
+		x.byDev[m.Dev] = append(x.byDev[m.Dev], m)
+	}
+	return x
+}
+
+// users lists the mounts that use the current generation, by their targets, and
+// the files of users that are gone.
+func users(d dir, rec *Record, x *mountIndex) (targets, gone []string, err error) {
+	if g := rec.Current; g != nil && g.Dev != "" {
+		for _, m := range x.byDev[g.Dev] {
+			if m.Target != g.Mountpoint {
+				targets = append(targets, m.Target)
+			}
+		}
+	}
+	entries, err := os.ReadDir(d.users())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, fmt.Errorf("list users of instance %s: %w", rec.Key, err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(d.users(), e.Name())
+		u, err := readUser(path)
+		if err != nil {
+			return nil, nil, err
+		}
+		var mounts []string
+		if u != nil {
+			mounts = u.mounts(x)
+		}
+		switch {
+		case len(mounts) == 0:
+			gone = append(gone, path)
+		case rec.Current != nil && u.Generation == rec.Current.Number:
+			targets = append(targets, mounts...)
+		}
+	}
+	return targets, gone, nil
+}
+
+// usedBy is users for the holder of the lock, who also forgets those that are
+// gone. The mount table must have been read under the lock.
+func (i *Instance) usedBy(x *mountIndex) ([]string, error) {
+	targets, gone, err := users(i.dir, &i.rec, x)
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range gone {
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("forget a user of instance %s: %w", i.rec.Key, err)
+		}
+	}
+	return targets, nil
+}
+
+// readUser returns nil for what a killed writer left.
+func readUser(path string) (*User, error) {
+	if strings.HasPrefix(filepath.Base(path), ".new-") {
+		return nil, nil
+	}
+	text, err := os.ReadFile(filepath.Clean(path))
+	if err != nil {
+		return nil, fmt.Errorf("read user of an instance: %w", err)
+	}
+	var u User
+	if err := json.Unmarshal(text, &u); err != nil {
+		return nil, fmt.Errorf("read user of an instance: %s: %w", path, err)
+	}
+	return &u, nil
+}
+
+// mounts lists where the user's overlay is mounted now. That need not be its
+// target: containerd mounts a snapshot briefly elsewhere just before the
+// container's own mount of it, which gets the same device number again.
+func (u *User) mounts(x *mountIndex) []string {
+	candidates := x.byDev[u.Dev]
+	if u.Dev == "" { // pending
+		candidates = x.Table
+	}
+	var targets []string
+	for _, m := range candidates {
+		if m.Type == "overlay" && u.made(m) {
+			targets = append(targets, m.Target)
+		}
+	}
+	return targets
+}
+
+// made tells whether an overlay of the right device number is the user's.
+func (u *User) made(m rootfs.Mount) bool {
+	if u.Dev == "" && m.Target != u.Target {
+		return false
+	}
+	if upper, _ := m.Option("upperdir"); upper != u.Upper {
+		return false
+	}
+	return u.Options == "" || u.Options == m.Options
+}
+
+// Detach lets the instance go: it ends with the mounts that use it.
+func (i *Instance) Detach() error { return i.retire() }
+
+// retire takes the current generation out of use. Its daemon ends with the last
+// mount that can reach it.
+func (i *Instance) retire() error {
+	g := i.rec.Current
+	if g == nil {
+		return nil
+	}
+	if !g.Ready {
+		// Somebody was killed while starting it. Nobody ever used it.
+		if err := removeGeneration(i.rec.Key, *g); err != nil {
+			return err
+		}
+	} else {
+		if err := rootfs.DetachAll(g.Mountpoint); err != nil {
+			return err
+		}
+		i.rec.Retired = append(i.rec.Retired, *g)
+	}
+	i.rec.Current = nil
+	return i.write()
+}
+
+// sweep removes retired generations whose daemon has ended.
+func (i *Instance) sweep() error {
+	var left []Generation
+	var errs []error
+	for _, g := range i.rec.Retired {
+		ended, err := finish(i.rec.Key, g)
+		if !ended {
+			left = append(left, g)
+		}
+		errs = append(errs, err)
+	}
+	if len(left) < len(i.rec.Retired) {
+		i.rec.Retired = left
+		errs = append(errs, i.write())
+	}
+	return errors.Join(errs...)
+}
+
+// endWait is how long a daemon whose filesystem is gone may take to end. It
+// takes some milliseconds; one that hangs would take for ever.
+const endWait = time.Second
+
+// finish removes a retired generation if its daemon has ended. One whose
+// filesystem is gone serves nobody and is made to end.
+func finish(key string, g Generation) (ended bool, err error) {
+	// Somebody may have been killed while bringing it back.
+	if err := rootfs.DetachAll(g.Mountpoint); err != nil {
+		return false, err
+	}
+	p, err := nydusd.Find(g.PID, g.StartTime)
+	if err != nil {
+		return false, err
+	}
+	if p != nil {
+		defer p.Close()
+		if connected, err := p.Connected(); err != nil || connected {
+			return false, err
+		}
+		if !p.Wait(time.Now().Add(endWait)) {
+			return false, p.Abandon()
+		}
+	}
+	if err := removeGeneration(key, g); err != nil {
+		return false, err
+	}
+	return true, nil
+}
+
+// removeGeneration removes what a generation left: its mount, its files, its
+// cgroup, and a daemon that never came to serve. It may be called again after
+// an error. Mountpoints are removed with Remove: a file system that is still
+// mounted there cannot lose a file.
+func removeGeneration(key string, g Generation) error {
+	d := genDir(filepath.Dir(g.Mountpoint))
+	if !g.Ready {
+		if err := killOrphans(g); err != nil {
+			return err
+		}
+	}
+	if err := rootfs.DetachAll(g.Mountpoint); err != nil {
+		return err
+	}
+	var errs []error
+	for _, path := range []string{d.config(), d.socket(), d.mountpoint()} {
+		errs = append(errs, remove(path))
+	}
+	leftovers, _ := filepath.Glob(filepath.Join(string(d), ".new-*"))
+	for _, path := range leftovers {
+		errs = append(errs, remove(path))
+	}
+	errs = append(errs, remove(string(d)), cgroupOf(key, g).Remove())
+	return errors.Join(errs...)
+}
+
+func killOrphans(g Generation) error {
+	procs, err := nydusd.Orphans(filepath.Dir(g.Mountpoint))
+	errs := []error{err}
+	for _, p := range procs {
+		errs = append(errs, p.Kill(g.Mountpoint), p.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func remove(path string) error {
+	err := os.Remove(path)
+	// ENOTDIR: not even its directory is there.
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTDIR) {
+		return err
+	}
+	return nil
+}
+
+// removeIfEmpty removes an instance that has no generation left; onDisk removes
+// what it has there. The lock stays held until Close, but once the directory is
+// renamed it keeps nobody out any more: the disk comes first, or it would be a
+// successor's files that are removed.
+func (i *Instance) removeIfEmpty(onDisk func() error) (bool, error) {
+	if i.rec.Current != nil || len(i.rec.Retired) > 0 {
+		return false, nil
+	}
+	if err := onDisk(); err != nil {
+		return false, err
+	}
+	// Renamed first, so that nobody finds half of it. To a name that nobody
+	// else has: a successor may be removed while this one still is.
+	gone := filepath.Join(filepath.Dir(string(i.dir)), fmt.Sprintf(".gone-%s.%d.%d", filepath.Base(string(i.dir)), os.Getpid(), time.Now().UnixNano()))
+	if err := os.Rename(string(i.dir), gone); err != nil {
+		return false, fmt.Errorf("remove instance: %w", err)
+	}
+	if err := os.RemoveAll(gone); err != nil {
+		return true, fmt.Errorf("remove instance: %w", err)
+	}
+	return true, nil
+}
+
+// removeBootstrap removes the link to the bootstrap; the log stays for whoever
+// looks into a failure.
+func (i *Instance) removeBootstrap() error {
+	if i.rec.Root == "" {
+		return nil // killed before it had one, or there never was
+	}
+	disk := diskDirOf(i.rec.Root, i.rec.Key)
+	if err := errors.Join(remove(disk.bootstrap()), remove(disk.bootstrap()+".new")); err != nil {
+		return fmt.Errorf("remove instance from disk: %w", err)
+	}
+	return nil
+}
+
+// reattach brings a retired generation back that some plain mount of it still
+// keeps alive: a second daemon for the image would be a waste.
+func (i *Instance) reattach(ctx context.Context) (bool, error) {
+	if len(i.rec.Retired) == 0 {
+		return false, nil
+	}
+	x, err := readMounts()
+	if err != nil {
+		return false, err
+	}
+	for n, g := range i.rec.Retired {
+		if g.Failed || !rebind(ctx, x, g) {
+			continue
+		}
+		i.rec.Retired = slices.Delete(i.rec.Retired, n, n+1)
+		i.rec.Current = &g
+		return true, i.write()
+	}
+	return false, nil
+}
+
+// rebind mounts g's filesystem at its mountpoint again, from wherever else it
+// is mounted. Failing is normal: that mount, and the daemon, may go away at any
+// moment.
+func rebind(ctx context.Context, x *mountIndex, g Generation) bool {
+	p, err := nydusd.Find(g.PID, g.StartTime)
+	if err != nil || p == nil {
+		return false
+	}
+	defer p.Close()
+	for _, m := range x.byDev[g.Dev] {
+		if m.Root != "/" || m.Target == g.Mountpoint || !strings.HasPrefix(m.Type, "fuse") {
+			continue
+		}
+		if rootfs.Bind(m.Target, g.Mountpoint, nil) != nil {
+			continue
+		}
+		if proven(ctx, p, g) {
+			return true
+		}
+		if rootfs.DetachAll(g.Mountpoint) != nil {
+			return false
+		}
+	}
+	return false
+}
+
+// proven tells whether what was mounted again is g's filesystem, and answers. A
+// path may lead elsewhere by now, and a device number is used again as soon as
+// its filesystem is gone: the daemon's connection is looked at last, because
+// while that exists the number is still its.
+func proven(ctx context.Context, p *nydusd.Process, g Generation) bool {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	m, ok, err := rootfs.Lookup(g.Mountpoint)
+	if err != nil || !ok || m.Dev != g.Dev || ping(g.Socket) != nil || askWithin(ctx, g.Mountpoint) != nil {
+		return false
+	}
+	connected, err := p.Connected()
+	return err == nil && connected
+}
+
+// awaitRetired waits for a retired daemon to end, briefly, and tells whether
+// one did.
+func (i *Instance) awaitRetired(ctx context.Context) bool {
+	deadline := time.Now().Add(retireWait)
+	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
+		deadline = d
+	}
+	for _, g := range i.rec.Retired {
+		p, err := nydusd.Find(g.PID, g.StartTime)
+		if err != nil || p == nil {
+			continue
+		}
+		ended := p.Wait(deadline)
+		p.Close()
+		if ended {
+			return true
+		}
+	}
+	return false
+}
+
+// ErrNotNydus says that a path is no root filesystem on an instance.
+var ErrNotNydus = errors.New("not a nydus root filesystem")
+
+// FindByTarget returns the key of the instance beneath the root filesystem at
+// target, or ErrNotNydus. It reads records and the mount table only.
+func FindByTarget(runDir, target string) (key string, err error) {
+	x, err := readMounts()
+	if err != nil {
+		return "", err
+	}
+	if m, ok := x.At(target); !ok || m.Type != "overlay" {
+		return "", ErrNotNydus
+	}
+	keys, err := Keys(runDir)
+	if err != nil {
+		return "", err
+	}
+	for _, key := range keys {
+		if rec, err := ReadRecord(runDir, key); err == nil && generationBeneath(dirOf(runDir, key), rec, x, target) != nil {
+			return key, nil
+		}
+	}
+	return "", ErrNotNydus
+}
+
+// generationBeneath returns the generation that the overlay on target was
+// mounted on, nil for none of this instance's.
+func generationBeneath(d dir, rec *Record, x *mountIndex, target string) *Generation {
+	all := rec.Retired
+	if rec.Current != nil {
+		all = append([]Generation{*rec.Current}, all...)
+	}
+	u, err := readUser(d.user(target))
+	made := err == nil && u != nil && slices.Contains(u.mounts(x), target)
+	overlay, _ := x.At(target)
+	dev := lowerDev(x.Table, overlay)
+	for _, g := range all {
+		if made && u.Generation == g.Number || dev != "" && g.Dev == dev {
+			return &g
+		}
+	}
+	return nil
+}
+
+// lowerDev is the device of the lowest layer of an overlay that containerd made
+// on a mount of the image; empty when its text does not tell.
+func lowerDev(table rootfs.Table, overlay rootfs.Mount) string {
+	text, _ := overlay.Option("lowerdir")
+	lowers := strings.Split(text, ":")
+	m, ok := table.At(lowers[len(lowers)-1])
+	if !ok {
+		return ""
+	}
+	return m.Dev
+}
+
+// Keys lists the instances of a run directory. One that does not exist has none.
+func Keys(runDir string) ([]string, error) {
+	entries, err := os.ReadDir(instancesDir(runDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list instances: %w", err)
+	}
+	var keys []string
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), ".") {
+			keys = append(keys, e.Name())
+		}
+	}
+	return keys, nil
+}
+
+// ReadRecord reads an instance's record without its lock: it is as of some
+// moment. The error wraps fs.ErrNotExist when there is none.
+func ReadRecord(runDir, key string) (*Record, error) {
+	i := Instance{dir: dirOf(runDir, key)}
+	if _, err := os.Stat(i.dir.record()); err != nil {
+		return nil, fmt.Errorf("read instance record: %w", err)
+	}
+	if err := i.read(); err != nil {
+		return nil, err
+	}
+	return &i.rec, nil
+}
+
+// Release lets the instance beneath target go if nothing but target uses it,
+// although target is still mounted. The hook calls it before the runtime
+// unmounts a container's root filesystem.
+func Release(ctx context.Context, runDir, key, target string) error {
+	i, err := open(ctx, dirOf(runDir, key), openExisting)
+	if errors.Is(err, errGone) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer i.Close()
+	x, err := readMounts()
+	if err != nil {
+		return err
+	}
+	users, err := i.usedBy(x)
+	if err != nil {
+		return err
+	}
+	own := []string{target}
+	if m, ok := x.At(target); ok {
+		text, _ := m.Option("lowerdir")
+		own = append(own, strings.Split(text, ":")...)
+	}
+	for _, u := range users {
+		if !slices.Contains(own, u) {
+			return nil
+		}
+	}
+	return i.retire()
+}
+
+// Replace takes the generation out of use that the root filesystem on target
+// lies on, because it does not answer: the next mount starts a new daemon. One
+// that has been replaced since is left alone.
+func Replace(ctx context.Context, runDir, key, target string) error {
+	i, err := open(ctx, dirOf(runDir, key), openExisting)
+	if errors.Is(err, errGone) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer i.Close()
+	x, err := readMounts()
+	if err != nil {
+		return err
+	}
+	current := i.rec.Current
+	if g := generationBeneath(i.dir, &i.rec, x, target); g == nil || current == nil || g.Number != current.Number {
+		return nil
+	}
+	current.Failed = true
+	i.note("nydusd %d does not answer the hook and is replaced", current.PID)
+	return i.retire()
+}
+
+// Sweep removes the instances of a run directory whose daemons have ended. It
+// is for whoever mounts where no Reconciler runs; what it cannot remove now is
+// left for the next time.
+func Sweep(ctx context.Context, runDir string) {
+	keys, err := Keys(runDir)
+	if err != nil {
+		return
+	}
+	for _, key := range keys {
+		i, err := open(ctx, dirOf(runDir, key), openTry)
+		if err != nil {
+			continue
+		}
+		if i.rec.Current == nil && i.sweep() == nil {
+			_, err = i.removeIfEmpty(i.removeDisk)
+		}
+		if err != nil {
+			i.note("clean up: %v", err)
+		}
+		i.Close()
+	}
+}
+
+// removeDisk removes the instance's directory on disk.
+func (i *Instance) removeDisk() error {
+	if i.rec.Root == "" {
+		return nil // killed before it had one, or there never was
+	}
+	d := diskDirOf(i.rec.Root, i.rec.Key)
+	for _, path := range []string{d.bootstrap(), d.bootstrap() + ".new", d.log(), d.log() + ".1", string(d)} {
+		if err := remove(path); err != nil {
+			return fmt.Errorf("remove instance from disk: %w", err)
+		}
+	}
+	return nil
+}
