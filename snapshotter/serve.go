@@ -1,0 +1,176 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/log"
+	"github.com/coreos/go-systemd/v22/daemon"
+	lslog "github.com/sirupsen/logrus/hooks/slog"
+	"github.com/urfave/cli/v2"
+	"google.golang.org/grpc"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/config"
+	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
+	"github.com/nydusfs/nydus-snapshotter/pkg/snapshot"
+)
+
+const (
+	// stopTimeout bounds how long calls may take to finish at the end.
+	stopTimeout = 10 * time.Second
+	// restartDelay is how long the reconciler rests after it failed.
+	restartDelay = 10 * time.Second
+)
+
+// overridable are the options of serve that replace a key of the configuration.
+func overridable() map[string]string {
+	return map[string]string{"address": "address", "root": "root", "run-dir": "run_dir", "log-level": "log.level"}
+}
+
+func serveCommand() *cli.Command {
+	return &cli.Command{
+		Name:   "serve",
+		Usage:  "serve containerd until SIGINT or SIGTERM",
+		Before: noArguments,
+		Flags: []cli.Flag{
+			&cli.StringFlag{Name: "config", Value: config.DefaultPath, Usage: "configuration `FILE`; the default one may be missing"},
+			&cli.StringFlag{Name: "address", Usage: "unix `SOCKET` for containerd, instead of the configured one"},
+			&cli.StringFlag{Name: "root", Usage: "`DIR` for layers and cache, instead of the configured one"},
+			&cli.StringFlag{Name: "run-dir", Usage: "`DIR` for mounted images, instead of the configured one"},
+			&cli.StringFlag{Name: "log-level", Usage: "`LEVEL`, instead of the configured one"},
+		},
+		Action: func(c *cli.Context) error {
+			over := config.Overrides{}
+			for flag, key := range overridable() {
+				if c.IsSet(flag) {
+					over[key] = c.String(flag)
+				}
+			}
+			cfg, err := loadConfig(c.String("config"), c.IsSet("config"), over)
+			if err != nil {
+				return err
+			}
+			return serve(c.Context, cfg)
+		},
+	}
+}
+
+// serve runs the snapshotter until ctx ends. It leaves mounts and daemons as they
+// are.
+func serve(ctx context.Context, cfg config.Config) (err error) {
+	if os.Geteuid() != 0 {
+		return errors.New("serve: only root can do what this needs: mount, and own an image's files; run it as root")
+	}
+	if err := setupLog(cfg.Log); err != nil {
+		return err
+	}
+	lock, err := lockRoot(cfg.Root)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	key, err := setupRun(cfg)
+	if err != nil {
+		return err
+	}
+	sn, err := snapshot.New(ctx, snapshotOptions(cfg, key))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, sn.Close()) }()
+	listener, err := listen(ctx, cfg.Address)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, listener.remove()) }()
+
+	server := grpc.NewServer()
+	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
+	reconciler := instance.NewReconciler(instance.ReconcilerConfig{
+		RunDir: cfg.RunDir, Root: cfg.Root, Linger: cfg.Mount.IdleLinger, Log: slog.Default(),
+	})
+	background, stop := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() { defer close(done); keepRunning(background, reconciler.Run) }()
+	defer func() { stop(); <-done }()
+
+	nydusdOf{cfg.Daemon}.warn(ctx)
+	log.G(ctx).WithFields(log.Fields{"version": version, "root": cfg.Root, "address": cfg.Address, "style": cfg.Mount.Style}).Info("serving")
+	return answer(ctx, server, listener)
+}
+
+// setupRun prepares what lives until the next boot: the run directory, and the
+// key, which is always in the default one because the mount helper knows no
+// other.
+func setupRun(cfg config.Config) (mountspec.Key, error) {
+	for _, dir := range []string{filepath.Dir(mountspec.DefaultKeyDir), cfg.RunDir} {
+		if err := instance.SetupRunDir(dir); err != nil {
+			return mountspec.Key{}, err
+		}
+	}
+	return mountspec.KeyDir(mountspec.DefaultKeyDir).Ensure(cfg.Root)
+}
+
+// answer serves until ctx ends, and then lets running calls finish.
+func answer(ctx context.Context, server *grpc.Server, l net.Listener) error {
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(l) }()
+	notify(ctx, daemon.SdNotifyReady)
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve on %s: %w", l.Addr(), err)
+	case <-ctx.Done():
+	}
+	notify(ctx, daemon.SdNotifyStopping)
+	log.G(ctx).Info("stopping; mounts and nydusd stay")
+	late := time.AfterFunc(stopTimeout, server.Stop)
+	defer late.Stop()
+	server.GracefulStop()
+	return <-failed
+}
+
+func notify(ctx context.Context, state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		log.G(ctx).WithError(err).Warn("cannot tell systemd")
+	}
+}
+
+// keepRunning runs what the snapshotter can do without for a while.
+func keepRunning(ctx context.Context, run func(context.Context) error) {
+	for ctx.Err() == nil {
+		err := run(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		log.G(ctx).WithError(err).Errorf("unused images are not released; trying again in %s", restartDelay)
+		again := time.NewTimer(restartDelay)
+		select {
+		case <-again.C:
+		case <-ctx.Done():
+			again.Stop()
+		}
+	}
+}
+
+// setupLog makes containerd's logger, and slog through it, write to standard
+// error as configured.
+func setupLog(cfg config.Log) error {
+	format := log.TextFormat
+	if cfg.Format == "json" {
+		format = log.JSONFormat
+	}
+	if err := errors.Join(log.SetLevel(cfg.Level), log.SetFormat(format)); err != nil {
+		return fmt.Errorf("set up log: %w", err)
+	}
+	slog.SetDefault(slog.New(lslog.NewHandler(log.L.Logger, nil)))
+	return nil
+}

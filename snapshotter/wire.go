@@ -1,0 +1,138 @@
+package main
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"github.com/containerd/log"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/config"
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
+	"github.com/nydusfs/nydus-snapshotter/pkg/registry"
+	"github.com/nydusfs/nydus-snapshotter/pkg/snapshot"
+)
+
+// snapshotOptions connects the snapshotter with what it asks for.
+func snapshotOptions(cfg config.Config, key mountspec.Key) snapshot.Options {
+	o := snapshot.Options{
+		Root:        cfg.Root,
+		RunDir:      cfg.RunDir,
+		Managed:     cfg.Mount.Style == config.StyleManaged,
+		Daemon:      nydusdOf{cfg.Daemon}.spec,
+		Backends:    backends{resolver(cfg.Remote)},
+		Credentials: keychain{registry.Docker{Dir: dockerDir()}},
+		Sealer:      sealer{key},
+	}
+	if cfg.Mount.Credentials == config.CredentialsPlain {
+		o.Plain = func(text string, c *mountspec.Credentials) (string, error) {
+			return nydusd.AddCredentials(text, c.Auth, c.RegistryToken)
+		}
+	}
+	return o
+}
+
+func resolver(r config.Remote) registry.Resolver {
+	if r.Backend == config.BackendLocalFS {
+		return registry.Directory(r.LocalFSDir)
+	}
+	return registry.Hosts{PlainHTTP: r.PlainHTTP, SkipVerify: r.SkipVerify}
+}
+
+// dockerDir is where docker keeps its configuration. A service has no HOME.
+func dockerDir() string {
+	if dir := os.Getenv("DOCKER_CONFIG"); dir != "" {
+		return dir
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		home = "/root"
+	}
+	return filepath.Join(home, ".docker")
+}
+
+// backends turns a resolved reference into nydusd's configuration.
+type backends struct{ registry.Resolver }
+
+// Backend implements snapshot.Backends.
+func (b backends) Backend(ref string) (snapshot.Backend, error) {
+	at, err := b.Resolve(ref)
+	if err != nil {
+		return snapshot.Backend{}, err
+	}
+	out := snapshot.Backend{Host: at.Host, Repository: at.Repository}
+	target := nydusd.Backend{
+		Type: nydusd.BackendRegistry, Scheme: at.Scheme, Host: at.Host, Repository: at.Repository, SkipVerify: at.SkipVerify,
+	}
+	if at.Dir != "" {
+		out.Repository = at.Dir
+		target = nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: at.Dir}
+	}
+	out.Config = func(cacheDir string) (string, error) {
+		return nydusd.Config{Backend: target, CacheDir: cacheDir}.JSON()
+	}
+	return out, nil
+}
+
+// keychain hands on credentials in the option's own type.
+type keychain struct{ registry.Keychain }
+
+// Credentials implements snapshot.Credentials.
+func (k keychain) Credentials(ctx context.Context, host string) (*mountspec.Credentials, error) {
+	c, err := k.Keychain.Credentials(ctx, host)
+	if err != nil || c == nil {
+		return nil, err
+	}
+	return &mountspec.Credentials{Auth: c.Auth, RegistryToken: c.RegistryToken}, nil
+}
+
+type sealer struct{ key mountspec.Key }
+
+// Seal implements snapshot.Sealer.
+func (s sealer) Seal(spec *mountspec.Spec) (string, error) { return mountspec.Encode(spec, s.key) }
+
+type nydusdOf struct{ config.Daemon }
+
+// fallbackNydusd stands in options while there is no nydusd, so that the mount
+// fails with its name.
+const fallbackNydusd = "/usr/local/bin/nydusd"
+
+// spec looks for nydusd each time: it may be installed after us.
+func (d nydusdOf) spec() mountspec.Daemon {
+	path, err := d.find()
+	if err != nil {
+		path = fallbackNydusd
+	}
+	return mountspec.Daemon{
+		Path: path, LogLevel: d.LogLevel, Threads: d.Threads, StartTimeout: d.StartTimeout,
+		OOMScoreAdj: d.OOMScoreAdj, CgroupParent: d.CgroupParent,
+	}
+}
+
+func (d nydusdOf) find() (string, error) {
+	name := d.NydusdPath
+	if name == "" {
+		name = "nydusd"
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		if d.NydusdPath != "" {
+			return d.NydusdPath, nil // whoever mounts says what is wrong with it
+		}
+		return "", err
+	}
+	return filepath.Abs(path)
+}
+
+// warn tells at start what would otherwise show at the first mount only.
+func (d nydusdOf) warn(ctx context.Context) {
+	name := d.NydusdPath
+	if name == "" {
+		name = "nydusd"
+	}
+	if _, err := exec.LookPath(name); err != nil {
+		log.G(ctx).WithError(err).Warn("nydusd cannot be executed: plain images work and nydus images can be pulled, but not mounted; install it or set daemon.nydusd_path")
+	}
+}
