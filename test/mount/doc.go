@@ -1,0 +1,7 @@
+// Package mount drives the built mount helper and hook against the real nydusd,
+// without containerd and without the snapshotter: it makes the mount option
+// itself and calls the helper as mount.fuse3, mount(8) and an administrator do.
+//
+// Do not add tests here that need a container manager; those belong to the end
+// to end tests.
+package mount
