@@ -17,7 +17,8 @@ import (
 
 // Cgroup is a place of a daemon's own, so that it is neither accounted to nor
 // frozen, limited and killed with the container whose mount started it. It
-// exists once in each cgroup hierarchy of the node, versions 1 and 2.
+// exists in each cgroup hierarchy of the node, versions 1 and 2, where that makes
+// a difference.
 type Cgroup struct {
 	// Parent is the path below which the daemons' cgroups lie, such as
 	// "/nydus"; empty for no cgroup.
@@ -46,27 +47,26 @@ func hierarchies() (v1, v2 []rootfs.Mount, err error) {
 }
 
 // enter prepares the calling thread and attr so that what is forked next starts
-// within the cgroup; leave takes the thread back. What cannot be had is reported,
-// not fatal: a daemon in the wrong cgroup is better than none.
-func (c Cgroup) enter(attr *syscall.SysProcAttr) (leave func(), warnings []string) {
-	undo := []func(){}
-	leave = func() {
-		for _, u := range undo {
-			u()
-		}
-	}
+// within the cgroup; done closes what that took. The thread stays where it was
+// put, and must end. What cannot be had is reported, not fatal: a daemon in the
+// wrong cgroup is better than none.
+func (c Cgroup) enter(attr *syscall.SysProcAttr) (done func(), warnings []string) {
+	done = func() {}
 	if c.Parent == "" {
-		return leave, nil
+		return done, nil
 	}
 	v1, v2, err := hierarchies()
 	if err != nil {
-		return leave, []string{err.Error()}
+		return done, []string{err.Error()}
 	}
 	homes, err := os.ReadFile("/proc/thread-self/cgroup")
 	if err != nil {
-		return leave, []string{fmt.Sprintf("join cgroup: %v", err)}
+		return done, []string{fmt.Sprintf("join cgroup: %v", err)}
 	}
 	for _, h := range v1 {
+		if !matters(h, string(homes)) {
+			continue
+		}
 		dir := filepath.Join(h.Target, c.Parent, c.Name)
 		err := os.MkdirAll(dir, 0o755)
 		if err == nil {
@@ -74,18 +74,9 @@ func (c Cgroup) enter(attr *syscall.SysProcAttr) (leave func(), warnings []strin
 		}
 		if err != nil {
 			warnings = append(warnings, fmt.Sprintf("join cgroup: %v", err))
-			continue
 		}
-		// The main thread never ends before the process does: it would keep
-		// the cgroup busy. Where the way back cannot be seen, as in a cgroup
-		// namespace, the top will do.
-		undo = append(undo, func() {
-			if join(filepath.Join(h.Target, home(string(homes), h))) != nil {
-				_ = join(h.Target)
-			}
-		})
 	}
-	for _, h := range v2 {
+	for _, h := range v2 { // a node has one
 		dir := filepath.Join(h.Target, c.Parent, c.Name)
 		err := os.MkdirAll(dir, 0o755)
 		if err == nil {
@@ -96,10 +87,18 @@ func (c Cgroup) enter(attr *syscall.SysProcAttr) (leave func(), warnings []strin
 			continue
 		}
 		attr.UseCgroupFD = true
-		fd := attr.CgroupFD
-		undo = append(undo, func() { unix.Close(fd) })
+		done = func() { unix.Close(attr.CgroupFD) }
+		break
 	}
-	return leave, warnings
+	return done, warnings
+}
+
+// matters tells whether the daemon needs a cgroup of its own in a hierarchy of
+// version 1. Its memory is always its own. Elsewhere there is nothing to get away
+// from when the starter is at the top, and each move takes milliseconds: the
+// kernel waits for all CPUs, and holds up every fork meanwhile.
+func matters(hierarchy rootfs.Mount, homes string) bool {
+	return slices.Contains(strings.Split(hierarchy.Options, ","), "memory") || home(homes, hierarchy) != "/"
 }
 
 // join moves the calling thread into a cgroup of version 1, which moves single

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -58,24 +59,32 @@ type Process struct {
 
 // Start starts the daemon and does not wait for it. It outlives its starter.
 func Start(c Command) (*Process, error) {
-	type result struct {
-		p   *Process
-		err error
+	var p *Process
+	var err error
+	// A child inherits signal mask and cgroup from the thread that forks.
+	onThrowawayThread(func() { p, err = start(c) })
+	if err != nil {
+		return nil, fmt.Errorf("start nydusd %s: %w", c.Path, err)
 	}
-	done := make(chan result, 1)
-	// A child inherits signal mask and cgroup from the thread that forks, so
-	// both are set on a thread that is thrown away afterwards: it stays locked
-	// to the goroutine and ends with it.
+	return p, nil
+}
+
+// onThrowawayThread runs f on a thread that ends afterwards, whatever f made of
+// it. The main thread never ends before the process does, so it is not taken.
+func onThrowawayThread(f func()) {
+	done := make(chan struct{})
 	go func() {
+		defer close(done)
 		runtime.LockOSThread()
-		p, err := start(c)
-		done <- result{p, err}
+		if unix.Gettid() != unix.Getpid() {
+			f() // and stays locked
+			return
+		}
+		// As long as this goroutine holds the main thread, no other gets it.
+		onThrowawayThread(f)
+		runtime.UnlockOSThread()
 	}()
-	r := <-done
-	if r.err != nil {
-		return nil, fmt.Errorf("start nydusd %s: %w", c.Path, r.err)
-	}
-	return r.p, nil
+	<-done
 }
 
 func start(c Command) (*Process, error) {
@@ -93,8 +102,8 @@ func start(c Command) (*Process, error) {
 	}
 	p := &Process{FD: -1}
 	attr := &syscall.SysProcAttr{Setsid: true, PidFD: &p.FD}
-	leave, warnings := c.Cgroup.enter(attr)
-	defer leave()
+	done, warnings := c.Cgroup.enter(attr)
+	defer done()
 	p.Warnings = warnings
 
 	files := []*os.File{null, c.Log, c.Log}
@@ -388,7 +397,16 @@ const startTimeField = 22 - 3
 
 // stat returns the fields of proc_pid_stat(5) from the third on, the state.
 func stat(pid int) ([]string, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	path := fmt.Sprintf("/proc/%d/stat", pid)
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	// Not pollable, and not polled: a mount on a running instance is over
+	// before Go's poller would be set up.
+	f := os.NewFile(uintptr(fd), path)
+	defer f.Close()
+	text, err := io.ReadAll(f)
 	if err != nil {
 		return nil, err
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -38,21 +39,32 @@ func script(t *testing.T, body string) string {
 }
 
 // start starts a script as a daemon; its output is at the returned path.
-func startScript(t *testing.T, c Command, body string) (p *Process, log string) {
+// scriptCommand is c with a shell script as the daemon.
+func scriptCommand(t *testing.T, c Command, body string) (Command, string) {
 	t.Helper()
 	c.Path = script(t, body)
 	f, err := os.OpenFile(filepath.Join(t.TempDir(), "log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	must(t, err)
-	defer f.Close()
+	t.Cleanup(func() { f.Close() })
 	c.Log = f
-	p, err = Start(c)
+	return c, f.Name()
+}
+
+func startScript(t *testing.T, c Command, body string) (p *Process, log string) {
+	t.Helper()
+	c, log = scriptCommand(t, c, body)
+	p, err := Start(c)
 	must(t, err)
+	cleanUp(t, p)
+	return p, log
+}
+
+func cleanUp(t *testing.T, p *Process) {
 	t.Cleanup(func() {
 		must(t, p.Kill(t.TempDir()))
 		p.Exit()
 		must(t, p.Close())
 	})
-	return p, f.Name()
 }
 
 func ended(t *testing.T, p *Process) {
@@ -171,42 +183,91 @@ func TestStartInACgroup(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Fatal("making cgroups needs root; run make test as root")
 	}
-	c := Cgroup{Parent: fmt.Sprintf("/nydusd-test-%d", os.Getpid()), Name: "one"}
 	v1, v2, err := hierarchies()
 	must(t, err)
 	if len(v1)+len(v2) == 0 {
 		t.Fatal("no cgroup file system is mounted")
 	}
-	defer func() {
-		for _, h := range append(v1, v2...) {
-			must(t, os.Remove(filepath.Join(h.Target, c.Parent)))
+	all := append(slices.Clone(v1), v2...)
+	parent := fmt.Sprintf("/nydusd-test-%d", os.Getpid())
+	// A starter that is in a cgroup everywhere, as a pod's shim is.
+	pod := Cgroup{Parent: parent, Name: "pod"}
+	for _, h := range all {
+		must(t, os.MkdirAll(filepath.Join(h.Target, pod.Parent, pod.Name), 0o755))
+	}
+	t.Cleanup(func() {
+		must(t, pod.Remove())
+		for _, h := range all {
+			must(t, os.Remove(filepath.Join(h.Target, parent)))
 		}
-	}()
+	})
 	before, err := os.ReadFile("/proc/self/cgroup")
 	must(t, err)
-	p, log := startScript(t, Command{Cgroup: c}, "while read -r line; do echo \"$line\"; done < /proc/self/cgroup")
-	if len(p.Warnings) > 0 {
-		t.Errorf("warnings: %q", p.Warnings)
+	for name, enter := range map[string]func(){
+		"as we are": func() {},
+		"pod": func() {
+			for _, h := range v1 {
+				must(t, join(filepath.Join(h.Target, pod.Parent, pod.Name)))
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := Cgroup{Parent: parent, Name: "one"}
+			command, log := scriptCommand(t, Command{Cgroup: c}, "while read -r line; do echo \"$line\"; done < /proc/self/cgroup")
+			var p *Process
+			var homes []byte
+			onThrowawayThread(func() {
+				enter()
+				if homes, err = os.ReadFile("/proc/thread-self/cgroup"); err == nil {
+					p, err = start(command)
+				}
+			})
+			must(t, err)
+			cleanUp(t, p)
+			if len(p.Warnings) > 0 {
+				t.Errorf("warnings: %q", p.Warnings)
+			}
+			ended(t, p)
+			text, err := os.ReadFile(log)
+			must(t, err)
+			for _, h := range v1 {
+				got, want := home(string(text), h), c.Parent+"/"+c.Name
+				if home(string(homes), h) == "/" && !strings.Contains(h.Options, "memory") {
+					want = "/"
+				}
+				if got != want {
+					t.Errorf("%s: started in %s, want %s", h.Target, got, want)
+				}
+			}
+			if len(v2) > 0 && !strings.Contains(string(text), "0::"+c.Parent+"/"+c.Name+"\n") {
+				t.Errorf("not in its cgroup of version 2:\n%s", text)
+			}
+			p.Exit()
+			// Our thread has left with its end: the cgroup can go.
+			must(t, c.Remove())
+			must(t, c.Remove())
+			if after, err := os.ReadFile("/proc/self/cgroup"); err != nil || !bytes.Equal(after, before) {
+				t.Errorf("this process is in %s now (%v), was in %s", after, err, before)
+			}
+		})
 	}
-	ended(t, p)
-	text, err := os.ReadFile(log)
-	must(t, err)
-	if got, want := bytes.Count(text, []byte(c.Parent+"/"+c.Name)), len(v1)+len(v2); got != want {
-		t.Errorf("started in %d cgroups of its own, want %d:\n%s", got, want, text)
-	}
-	// No thread of ours stays there: the cgroup can go at once.
-	for _, h := range v1 {
-		tasks, err := os.ReadFile(filepath.Join(h.Target, c.Parent, c.Name, "tasks"))
-		must(t, err)
-		if text := strings.TrimSpace(string(tasks)); text != "" && text != strconv.Itoa(p.PID) {
-			t.Errorf("threads %q are in the daemon's cgroup in %s, want %d alone", text, h.Target, p.PID)
-		}
-	}
-	p.Exit()
-	must(t, c.Remove())
-	must(t, c.Remove())
-	if after, err := os.ReadFile("/proc/self/cgroup"); err != nil || !bytes.Equal(after, before) {
-		t.Errorf("this process is in %s now (%v), was in %s", after, err, before)
+}
+
+// What must not keep its thread never gets the main one, which would stay for
+// good in the cgroups it joined.
+func TestThrowawayThread(t *testing.T) {
+	seen := map[int]bool{}
+	for range 50 {
+		onThrowawayThread(func() {
+			id := unix.Gettid()
+			if id == unix.Getpid() {
+				t.Error("ran on the main thread")
+			}
+			if seen[id] {
+				t.Errorf("thread %d was used twice", id)
+			}
+			seen[id] = true
+		})
 	}
 }
 
