@@ -59,9 +59,7 @@ func Ensure(ctx context.Context, s Spec) (*Instance, error) {
 		return nil, err
 	}
 	// Others that start the same image hold the lock for at most one start each.
-	lockCtx, cancel := context.WithTimeout(ctx, s.Daemon.StartTimeout+retireWait+DefaultStartTimeout)
-	defer cancel()
-	i, err := open(lockCtx, dirOf(s.RunDir, s.Key), openCreate)
+	i, err := open(ctx, dirOf(s.RunDir, s.Key), openCreate, s.Daemon.StartTimeout+retireWait+DefaultStartTimeout)
 	if err != nil {
 		return nil, err
 	}
@@ -129,14 +127,7 @@ func (i *Instance) serves(ctx context.Context) (bool, error) {
 	if err != nil || !ok || m.Dev != g.Dev {
 		return false, err
 	}
-	// The API first: a question to the filesystem of a daemon that has just been
-	// stopped could keep us for ever.
-	err = ping(g.Socket)
-	if err == nil {
-		bounded, cancel := context.WithTimeoutCause(ctx, askTimeout, fmt.Errorf("not within %s", askTimeout))
-		defer cancel()
-		err = askWithin(bounded, g.Mountpoint)
-	}
+	err = askWithin(ctx, g.Mountpoint, askTimeout)
 	switch {
 	case err == nil:
 		return true, nil
@@ -146,16 +137,6 @@ func (i *Instance) serves(ctx context.Context) (bool, error) {
 	g.Failed = true
 	i.note("nydusd %d does not answer and is replaced: %v", g.PID, err)
 	return false, nil
-}
-
-// ping asks a living daemon at its API. nydusd listens there some milliseconds
-// after it has mounted: that nobody does says nothing about its filesystem.
-func ping(socket string) error {
-	err := nydusd.Ping(socket, askTimeout)
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ECONNREFUSED) {
-		return nil
-	}
-	return err
 }
 
 // Mountpoint is where the image's filesystem is mounted.
@@ -352,20 +333,29 @@ func (l *launch) mounted(ctx context.Context) (rootfs.Mount, error) {
 
 // answers makes the filesystem answer.
 func (l *launch) answers(ctx context.Context) error {
-	if err := askWithin(ctx, l.gen.Mountpoint); err != nil {
+	if err := askWithin(ctx, l.gen.Mountpoint, 0); err != nil {
 		return l.failed("mounted but does not serve: " + err.Error())
 	}
 	return nil
 }
 
-// askWithin asks no longer than ctx. A call that hangs is left behind: it ends
-// with this process or with the daemon.
-func askWithin(ctx context.Context, mountpoint string) error {
+// askWithin asks no longer than ctx and, unless that is 0, timeout. A call that
+// hangs is left behind: a daemon that was stopped has not read the question, so
+// the kernel takes it back when this process ends.
+func askWithin(ctx context.Context, mountpoint string, timeout time.Duration) error {
 	done := make(chan error, 1)
 	go func() { done <- ask(mountpoint) }()
+	var over <-chan time.Time
+	if timeout > 0 {
+		timer := time.NewTimer(timeout)
+		defer timer.Stop()
+		over = timer.C
+	}
 	select {
 	case err := <-done:
 		return err
+	case <-over:
+		return fmt.Errorf("no answer: not within %s", timeout)
 	case <-ctx.Done():
 		return fmt.Errorf("no answer: %w", context.Cause(ctx))
 	}

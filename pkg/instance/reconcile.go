@@ -143,7 +143,7 @@ func (r *Reconciler) look(ctx context.Context, key string, x *mountIndex) (time.
 	if wait, ok := r.leave(key, x); ok {
 		return wait, nil
 	}
-	i, err := open(ctx, dirOf(r.cfg.RunDir, key), openTry)
+	i, err := open(ctx, dirOf(r.cfg.RunDir, key), openTry, 0)
 	if errors.Is(err, errGone) {
 		return time.Hour, nil
 	}
@@ -292,7 +292,7 @@ func (r *Reconciler) pruneDisk(ctx context.Context) {
 // prune removes an instance that is only on disk. It takes the lock for it: a
 // mount of the same image may begin at this moment.
 func (r *Reconciler) prune(ctx context.Context, key string) error {
-	i, err := open(ctx, dirOf(r.cfg.RunDir, key), openCreate)
+	i, err := open(ctx, dirOf(r.cfg.RunDir, key), openCreate, 0)
 	if err != nil {
 		return err
 	}

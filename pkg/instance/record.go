@@ -144,8 +144,9 @@ const (
 	openTry                      // errLocked when it is locked, errGone when it is missing
 )
 
-// open locks an instance and reads its record. It waits no longer than ctx.
-func open(ctx context.Context, d dir, mode openMode) (*Instance, error) {
+// open locks an instance and reads its record. It waits for the lock no longer
+// than ctx and, unless that is 0, wait.
+func open(ctx context.Context, d dir, mode openMode, wait time.Duration) (*Instance, error) {
 	for {
 		if mode == openCreate {
 			err := os.MkdirAll(d.users(), 0o700)
@@ -156,7 +157,7 @@ func open(ctx context.Context, d dir, mode openMode) (*Instance, error) {
 				return nil, fmt.Errorf("create instance: %w", err)
 			}
 		}
-		f, err := os.OpenFile(d.lock(), os.O_RDWR|os.O_CREATE, 0o600)
+		f, err := openFile(d.lock(), unix.O_RDWR|unix.O_CREAT)
 		if errors.Is(err, fs.ErrNotExist) {
 			if mode == openCreate {
 				continue // removed since mkdir
@@ -166,7 +167,7 @@ func open(ctx context.Context, d dir, mode openMode) (*Instance, error) {
 		if err != nil {
 			return nil, fmt.Errorf("open instance lock: %w", err)
 		}
-		if err := acquire(ctx, f, mode); err != nil {
+		if err := acquire(ctx, f, mode, wait); err != nil {
 			return nil, fmt.Errorf("lock instance %s: %w", d, err)
 		}
 		// Whoever held the lock before may have removed the directory.
@@ -184,7 +185,7 @@ func open(ctx context.Context, d dir, mode openMode) (*Instance, error) {
 }
 
 // acquire locks f, or closes it and returns an error.
-func acquire(ctx context.Context, f *os.File, mode openMode) error {
+func acquire(ctx context.Context, f *os.File, mode openMode, wait time.Duration) error {
 	err := flock(f, unix.LOCK_EX|unix.LOCK_NB)
 	if !errors.Is(err, unix.EWOULDBLOCK) || mode == openTry {
 		if errors.Is(err, unix.EWOULDBLOCK) {
@@ -194,6 +195,11 @@ func acquire(ctx context.Context, f *os.File, mode openMode) error {
 			f.Close()
 		}
 		return err
+	}
+	if wait > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, wait)
+		defer cancel()
 	}
 	done := make(chan struct{})
 	go func() {
@@ -230,7 +236,7 @@ func (i *Instance) Close() error { return i.lock.Close() }
 
 // read loads the record. A missing one is that of a new instance.
 func (i *Instance) read() error {
-	text, err := os.ReadFile(i.dir.record())
+	text, err := readFile(i.dir.record())
 	if errors.Is(err, fs.ErrNotExist) {
 		i.rec = Record{Version: recordVersion, Key: filepath.Base(string(i.dir))}
 		return nil

@@ -34,7 +34,7 @@ func nothingOnDisk() error { return nil }
 
 func mustOpen(t *testing.T, d dir, mode openMode) *Instance {
 	t.Helper()
-	i, err := open(t.Context(), d, mode)
+	i, err := open(t.Context(), d, mode, 0)
 	must(t, err)
 	return i
 }
@@ -90,12 +90,12 @@ func TestRecordOfAnotherVersionOrInstance(t *testing.T) {
 		`{"version":1,"key":"` + testKey + `","current":"canary"}`: "cannot unmarshal",
 	} {
 		must(t, os.WriteFile(d.record(), []byte(text), 0o600))
-		_, err := open(t.Context(), d, openExisting)
+		_, err := open(t.Context(), d, openExisting, 0)
 		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), d.record()) {
 			t.Errorf("%s: %v; want an error that says %q", text, err, want)
 		}
 		// The failure has given the lock back.
-		if _, err := open(t.Context(), d, openTry); errors.Is(err, errLocked) {
+		if _, err := open(t.Context(), d, openTry, 0); errors.Is(err, errLocked) {
 			t.Errorf("%s: still locked", text)
 		}
 	}
@@ -104,17 +104,17 @@ func TestRecordOfAnotherVersionOrInstance(t *testing.T) {
 func TestOpenModes(t *testing.T) {
 	d := dirOf(t.TempDir(), testKey)
 	for _, mode := range []openMode{openExisting, openTry} {
-		if _, err := open(t.Context(), d, mode); !errors.Is(err, errGone) {
+		if _, err := open(t.Context(), d, mode, 0); !errors.Is(err, errGone) {
 			t.Errorf("mode %d of a missing instance: %v, want errGone", mode, err)
 		}
 	}
 	i := mustOpen(t, d, openCreate)
-	if _, err := open(t.Context(), d, openTry); !errors.Is(err, errLocked) {
+	if _, err := open(t.Context(), d, openTry, 0); !errors.Is(err, errLocked) {
 		t.Errorf("try a locked one: %v, want errLocked", err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	_, err := open(ctx, d, openExisting)
+	_, err := open(ctx, d, openExisting, 0)
 	if !errors.Is(err, errLocked) || !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), string(d)) {
 		t.Errorf("wait for a locked one: %v, want errLocked and the deadline", err)
 	}
@@ -135,7 +135,7 @@ func TestLockIsHandedOverAcrossRemoval(t *testing.T) {
 	results := make(chan result, 2)
 	for _, mode := range []openMode{openCreate, openExisting} {
 		go func() {
-			i, err := open(context.Background(), d, mode)
+			i, err := open(context.Background(), d, mode, 0)
 			if i != nil {
 				if !sameFile(i.lock, d.lock()) {
 					err = errors.Join(err, errors.New("the lock is not the one that others find"))
@@ -196,7 +196,7 @@ func TestConcurrentOpenCreateRemove(t *testing.T) {
 		wg.Go(func() {
 			for round := range 60 {
 				mode := []openMode{openCreate, openExisting, openTry}[(worker+round)%3]
-				i, err := open(context.Background(), d, mode)
+				i, err := open(context.Background(), d, mode, 0)
 				if errors.Is(err, errGone) || errors.Is(err, errLocked) {
 					continue
 				}

@@ -389,10 +389,8 @@ func rebind(ctx context.Context, x *mountIndex, g Generation) bool {
 // its filesystem is gone: the daemon's connection is looked at last, because
 // while that exists the number is still its.
 func proven(ctx context.Context, p *nydusd.Process, g Generation) bool {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
-	defer cancel()
 	m, ok, err := rootfs.Lookup(g.Mountpoint)
-	if err != nil || !ok || m.Dev != g.Dev || ping(g.Socket) != nil || askWithin(ctx, g.Mountpoint) != nil {
+	if err != nil || !ok || m.Dev != g.Dev || askWithin(ctx, g.Mountpoint, askTimeout) != nil {
 		return false
 	}
 	connected, err := p.Connected()
@@ -508,7 +506,7 @@ func ReadRecord(runDir, key string) (*Record, error) {
 // although target is still mounted. The hook calls it before the runtime
 // unmounts a container's root filesystem.
 func Release(ctx context.Context, runDir, key, target string) error {
-	i, err := open(ctx, dirOf(runDir, key), openExisting)
+	i, err := open(ctx, dirOf(runDir, key), openExisting, 0)
 	if errors.Is(err, errGone) {
 		return nil
 	}
@@ -541,7 +539,7 @@ func Release(ctx context.Context, runDir, key, target string) error {
 // lies on, because it does not answer: the next mount starts a new daemon. One
 // that has been replaced since is left alone.
 func Replace(ctx context.Context, runDir, key, target string) error {
-	i, err := open(ctx, dirOf(runDir, key), openExisting)
+	i, err := open(ctx, dirOf(runDir, key), openExisting, 0)
 	if errors.Is(err, errGone) {
 		return nil
 	}
@@ -571,7 +569,7 @@ func Sweep(ctx context.Context, runDir string) {
 		return
 	}
 	for _, key := range keys {
-		i, err := open(ctx, dirOf(runDir, key), openTry)
+		i, err := open(ctx, dirOf(runDir, key), openTry, 0)
 		if err != nil {
 			continue
 		}

@@ -3,6 +3,8 @@ package instance
 import (
 	"errors"
 	"fmt"
+	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -90,22 +92,44 @@ func checkRunDir(path string) (mounted bool, err error) {
 	return fs.Type == unix.TMPFS_MAGIC && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0, nil
 }
 
+// openFile opens a file as os.OpenFile does, mode 0600, but without Go's poller,
+// which would be set up for the first file of all: in a mount on a running
+// instance nothing else needs it.
+func openFile(path string, flags int) (*os.File, error) {
+	fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// readFile is os.ReadFile by openFile.
+func readFile(path string) ([]byte, error) {
+	f, err := openFile(path, unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(f)
+}
+
 // writeFile replaces a file so that it is always either the old or the new one.
 func writeFile(path string, data []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-") // mode 0600
+	tmp := filepath.Join(filepath.Dir(path), fmt.Sprintf(".new-%d", rand.Uint64()))
+	f, err := openFile(tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL)
 	if err != nil {
 		return err
 	}
 	defer func() {
 		if err != nil {
-			os.Remove(f.Name())
+			os.Remove(tmp)
 		}
 	}()
 	_, err = f.Write(data)
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	return os.Rename(f.Name(), path)
+	return os.Rename(tmp, path)
 }
 
 // readOrWrite returns the content of a file that is written once: text, if it

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -140,39 +141,45 @@ func (d KeyDir) create(path string) error {
 }
 
 func (d KeyDir) check() error {
-	info, err := os.Lstat(string(d))
-	if err != nil {
-		return fmt.Errorf("check key directory: %w", err)
+	var st syscall.Stat_t
+	if err := syscall.Lstat(string(d), &st); err != nil {
+		return fmt.Errorf("check key directory: %w", &fs.PathError{Op: "lstat", Path: string(d), Err: err})
 	}
-	if !info.IsDir() || !private(info) {
+	if st.Mode&syscall.S_IFMT != syscall.S_IFDIR || !private(&st) {
 		return fmt.Errorf("%w: key directory %s must be a directory of this user with mode 0700, and no symbolic link", ErrUntrusted, d)
 	}
 	return nil
 }
 
 func readKey(path string) (k Key, err error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	fault := func(op string, err error) error { return &fs.PathError{Op: op, Path: path, Err: err} }
+	// No os.File: Go's poller would be set up for it, which takes longer than
+	// the reading.
+	fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
 	if errors.Is(err, syscall.ELOOP) {
 		return Key{}, fmt.Errorf("%w: %s is a symbolic link", ErrUntrusted, path)
 	}
 	if err != nil {
-		return Key{}, err
+		return Key{}, fault("open", err)
 	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return Key{}, err
+	defer syscall.Close(fd)
+	var st syscall.Stat_t
+	if err := syscall.Fstat(fd, &st); err != nil {
+		return Key{}, fault("stat", err)
 	}
-	if !info.Mode().IsRegular() || !private(info) || info.Size() != int64(len(k)) {
+	if st.Mode&syscall.S_IFMT != syscall.S_IFREG || !private(&st) || st.Size != int64(len(k)) {
 		return Key{}, fmt.Errorf("%w: %s must be a file of this user with mode 0600 and %d bytes", ErrUntrusted, path, len(k))
 	}
-	if _, err := f.ReadAt(k[:], 0); err != nil {
-		return Key{}, err
+	n, err := syscall.Pread(fd, k[:], 0)
+	if err != nil {
+		return Key{}, fault("read", err)
+	}
+	if n != len(k) {
+		return Key{}, fault("read", io.ErrUnexpectedEOF)
 	}
 	return k, nil
 }
 
-func private(info fs.FileInfo) bool {
-	st, ok := info.Sys().(*syscall.Stat_t)
-	return ok && int(st.Uid) == os.Geteuid() && info.Mode().Perm()&0o077 == 0
+func private(st *syscall.Stat_t) bool {
+	return int(st.Uid) == os.Geteuid() && st.Mode&0o077 == 0
 }
