@@ -58,7 +58,7 @@ func parseArgs(args []string) (*call, error) {
 				return nil, fmt.Errorf("%w: -N is not supported; use nsenter --mount=%s mount …", errUsage, args[0])
 			}
 			if arg == "-o" {
-				c.options = append(c.options, strings.Split(args[0], ",")...)
+				c.options = append(c.options, splitQuoted(args[0])...)
 			}
 			args = args[1:]
 		case len(arg) > 1 && arg[0] == '-':
@@ -76,6 +76,18 @@ func parseArgs(args []string) (*call, error) {
 	target, err := filepath.Abs(positional[1])
 	c.target = target
 	return c, err
+}
+
+// splitQuoted splits at commas but those within double quotes: an SELinux label
+// has some.
+func splitQuoted(text string) []string {
+	quoted := false
+	return strings.FieldsFunc(text, func(c rune) bool {
+		if c == '"' {
+			quoted = !quoted
+		}
+		return c == ',' && !quoted
+	})
 }
 
 // flags takes a cluster such as -sn.
@@ -109,12 +121,19 @@ var forOthers = []string{
 	"silent", "loud", "lazytime", "nolazytime", "iversion", "noiversion",
 }
 
-// split sorts the options into flags of the mount and settings of ours.
+// labels are SELinux's options, as containerd adds them to each mount of a
+// container on a node that enforces it. They are the overlay's.
+var labels = []string{"context", "fscontext", "defcontext", "rootcontext"}
+
+// split sorts the options into flags of the mount, SELinux labels among them,
+// and settings of ours.
 func (c *call) split() (flags []string, settings map[string]string, err error) {
 	settings = map[string]string{}
 	for _, o := range c.options {
 		name, value, isSetting := strings.Cut(o, "=")
 		switch {
+		case isSetting && slices.Contains(labels, name):
+			flags = append(flags, o)
 		case o == "", slices.Contains(forOthers, o), strings.HasPrefix(o, "x-"), strings.HasPrefix(o, "X-"), name == "comment":
 		case slices.Contains(mountFlags, o):
 			flags = append(flags, o)
@@ -171,6 +190,11 @@ func (c *call) request(keys mountspec.Keys) (*request, error) {
 
 // direct is a mount without a snapshotter: root says what to do.
 func direct(target string, flags []string, set map[string]string) (*request, error) {
+	for _, f := range flags {
+		if name, _, isLabel := strings.Cut(f, "="); isLabel {
+			return nil, fmt.Errorf("%w: %s=… cannot be set on an image, only on a container's root filesystem", errUsage, name)
+		}
+	}
 	for name, value := range map[string]string{"root": defaultRoot, "run_dir": defaultRunDir} {
 		if set[name] == "" {
 			set[name] = value

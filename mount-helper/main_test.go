@@ -50,6 +50,44 @@ func TestParseArgs(t *testing.T) {
 	}
 }
 
+// As containerd calls on a node with SELinux.
+func TestLabels(t *testing.T) {
+	const label = `context="system_u:object_r:container_file_t:s0:c1,c2"`
+	c, err := parseArgs([]string{"src", "/t", "-o", "extraoption=AA==," + label + ",rw,dev"})
+	must(t, err)
+	if want := []string{"extraoption=AA==", label, "rw", "dev"}; !reflect.DeepEqual(c.options, want) {
+		t.Fatalf("options %q, want %q", c.options, want)
+	}
+	flags, _, err := c.split()
+	must(t, err)
+	r, err := fromSpec("/t", flags, &mountspec.Spec{SnapshotDir: "/s", OverlayOptions: []string{"index=off"}})
+	must(t, err)
+	if want := []string{"index=off", label, "rw", "dev"}; !reflect.DeepEqual(r.above("/image").Options, want) {
+		t.Errorf("the overlay gets %q, want %q", r.above("/image").Options, want)
+	}
+	if _, err := direct("/t", flags, map[string]string{}); !errors.Is(err, errUsage) || !strings.Contains(err.Error(), "context=") {
+		t.Errorf("on an image alone: %v, want a usage error", err)
+	}
+}
+
+func TestReadOnlyOverlayHasNoUpper(t *testing.T) {
+	for _, c := range []struct {
+		flags []string
+		upper string
+		lower []string
+	}{
+		{[]string{"rw"}, "/s/fs", []string{"/l", "/image"}},
+		{[]string{"ro", "rw"}, "/s/fs", []string{"/l", "/image"}},
+		{[]string{"rw", "ro"}, "", []string{"/s/fs", "/l", "/image"}},
+	} {
+		r, err := fromSpec("/t", c.flags, &mountspec.Spec{SnapshotDir: "/s", Lower: []string{"/l"}})
+		must(t, err)
+		if o := r.above("/image"); o.Upper != c.upper || !reflect.DeepEqual(o.Lower, c.lower) || (o.Work == "") != (c.upper == "") {
+			t.Errorf("%q: %+v", c.flags, o)
+		}
+	}
+}
+
 func TestParseArgsRefuses(t *testing.T) {
 	for _, args := range [][]string{{}, {"a"}, {"a", "b", "c"}, {"a", "b", "-o"}, {"a", "b", "-t"}, {"a", "b", "-x"}, {"a", "b", "--fake"}, {"a", "b", "-N", "ns"}} {
 		if c, err := parseArgs(args); !errors.Is(err, errUsage) {

@@ -61,12 +61,12 @@ func (r *request) mount(ctx context.Context) (err error) {
 		err = r.vacant(i)
 	}
 	if err == nil {
-		err = r.onto(i)
+		err = r.onto(ctx, i)
 	}
 	if err != nil {
 		if i.Started() {
 			// Nobody else uses what was started for this mount alone.
-			err = errors.Join(err, i.Detach())
+			err = errors.Join(err, i.Undo(ctx))
 		}
 		return err
 	}
@@ -91,22 +91,50 @@ func (r *request) vacant(i *instance.Instance) error {
 	return nil
 }
 
-func (r *request) onto(i *instance.Instance) error {
+func (r *request) onto(ctx context.Context, i *instance.Instance) error {
 	if r.kind == mountspec.KindImage {
-		return rootfs.Bind(i.Mountpoint(), r.target, append([]string{"ro"}, r.withoutRW()...))
+		return rootfs.Bind(i.Mountpoint(), r.target, rootfs.Flags(append([]string{"ro"}, r.withoutRW()...)))
 	}
-	flags := r.flags
-	if r.readOnly {
-		flags = append([]string{"ro"}, r.withoutRW()...)
-	}
-	o := r.overlay
-	o.Lower = append(append([]string{}, o.Lower...), i.Mountpoint())
-	o.Options = append(append([]string{}, o.Options...), flags...)
+	o := r.above(i.Mountpoint())
 	if o.Upper == "" && len(o.Lower) == 1 {
 		// A view of the image alone is a bind, and counted like one.
 		return o.Mount(r.target)
 	}
-	return i.Use(r.target, o.Upper, func() error { return o.Mount(r.target) })
+	return i.Use(ctx, r.target, o.Upper, func() error { return o.Mount(r.target) })
+}
+
+// above is the overlay above the image that is mounted on mountpoint.
+func (r *request) above(mountpoint string) rootfs.Overlay {
+	o := r.overlay
+	o.Lower = append(append([]string{}, o.Lower...), mountpoint)
+	flags := r.flags
+	if r.readOnly {
+		flags = append([]string{"ro"}, r.withoutRW()...)
+	}
+	o.Options = append(append([]string{}, o.Options...), flags...)
+	if o.Upper != "" && r.wantsRO() {
+		// containerd looks into the snapshot of a container that may be running.
+		// Of an overlay with an upper directory the kernel would empty the
+		// work directory, which is in use, although it is read-only.
+		o.Lower = append([]string{o.Upper}, o.Lower...)
+		o.Upper, o.Work = "", ""
+	}
+	return o
+}
+
+// wantsRO tells whether the caller's flags ask for a read-only mount: the last
+// one counts.
+func (r *request) wantsRO() bool {
+	ro := false
+	for _, f := range r.flags {
+		switch f {
+		case "ro":
+			ro = true
+		case "rw":
+			ro = false
+		}
+	}
+	return ro
 }
 
 // withoutRW drops the flag that containerd and mount(8) always pass; an image

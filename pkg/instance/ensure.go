@@ -111,8 +111,10 @@ func (i *Instance) note(format string, args ...any) {
 const askTimeout = 10 * time.Second
 
 // serves tells whether the current generation can take a new mount. One that
-// does not answer is marked as failed: what lies on it stays, and hangs or
-// fails, but nothing new is mounted on it.
+// fails, or that was stopped, is marked as failed: what lies on it stays, and
+// hangs or fails, but nothing new is mounted on it. One that is only busy, as
+// with a registry that does not answer, gets no successor, which would soon be as
+// busy: this mount fails.
 func (i *Instance) serves(ctx context.Context) (bool, error) {
 	g := i.rec.Current
 	if g == nil || !g.Ready || g.Failed {
@@ -133,6 +135,8 @@ func (i *Instance) serves(ctx context.Context) (bool, error) {
 		return true, nil
 	case ctx.Err() != nil:
 		return false, err
+	case errors.Is(err, errNoAnswer) && !p.Stopped():
+		return false, fmt.Errorf("nydusd %d is busy: %w; is its registry reachable? See %s", g.PID, err, diskDirOf(i.rec.Root, i.rec.Key).log())
 	}
 	g.Failed = true
 	i.note("nydusd %d does not answer and is replaced: %v", g.PID, err)
@@ -339,12 +343,21 @@ func (l *launch) answers(ctx context.Context) error {
 	return nil
 }
 
+// errNoAnswer says that a filesystem did not answer in time.
+var errNoAnswer = errors.New("no answer")
+
 // askWithin asks no longer than ctx and, unless that is 0, timeout. A call that
-// hangs is left behind: a daemon that was stopped has not read the question, so
-// the kernel takes it back when this process ends.
+// hangs is left behind: a daemon that was stopped or is busy has not read the
+// question, so the kernel takes it back when this process ends. (Only one that
+// was stopped between reading and answering keeps this process with it.)
 func askWithin(ctx context.Context, mountpoint string, timeout time.Duration) error {
+	return within(ctx, timeout, func() error { return ask(mountpoint) })
+}
+
+// within makes a call that may hang, see askWithin.
+func within(ctx context.Context, timeout time.Duration, call func() error) error {
 	done := make(chan error, 1)
-	go func() { done <- ask(mountpoint) }()
+	go func() { done <- call() }()
 	var over <-chan time.Time
 	if timeout > 0 {
 		timer := time.NewTimer(timeout)
@@ -355,9 +368,9 @@ func askWithin(ctx context.Context, mountpoint string, timeout time.Duration) er
 	case err := <-done:
 		return err
 	case <-over:
-		return fmt.Errorf("no answer: not within %s", timeout)
+		return fmt.Errorf("%w within %s", errNoAnswer, timeout)
 	case <-ctx.Done():
-		return fmt.Errorf("no answer: %w", context.Cause(ctx))
+		return fmt.Errorf("%w: %w", errNoAnswer, context.Cause(ctx))
 	}
 }
 

@@ -45,6 +45,8 @@ type Reconciler struct {
 	cfg ReconcilerConfig
 	// idle is since when an instance has been seen unused.
 	idle map[string]time.Time
+	// foreign are the instances of another mount namespace that were reported.
+	foreign map[string]bool
 	// pruned is when the disk was last cleaned.
 	pruned time.Time
 	// waiting holds the retired daemons that are being waited for, by PID;
@@ -58,7 +60,7 @@ func NewReconciler(cfg ReconcilerConfig) *Reconciler {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Reconciler{cfg: cfg, idle: map[string]time.Time{}, ended: make(chan int), waiting: map[int]bool{}}
+	return &Reconciler{cfg: cfg, idle: map[string]time.Time{}, foreign: map[string]bool{}, ended: make(chan int), waiting: map[int]bool{}}
 }
 
 // Run works until ctx ends, and returns an error only when it cannot follow the
@@ -227,8 +229,30 @@ func (r *Reconciler) linger(i *Instance) (time.Duration, error) {
 		return left, nil
 	}
 	delete(r.idle, key)
+	if foreign, err := elsewhere(i.rec.Current, x); err != nil || foreign {
+		if foreign && !r.foreign[key] {
+			r.foreign[key] = true
+			r.cfg.Log.Warn("an instance is mounted in another mount namespace, where its users cannot be seen from here: it is left alone; "+
+				"run containerd and the snapshotter in the host's mount namespace", "instance", key, "image", i.rec.Image, "pid", i.rec.Current.PID)
+		}
+		return time.Hour, err
+	}
+	delete(r.foreign, key)
 	r.cfg.Log.Info("release idle instance", "instance", key, "image", i.rec.Image, "pid", i.rec.Current.PID)
 	return time.Hour, i.retire()
+}
+
+// elsewhere tells whether a generation serves, but not where x was read.
+func elsewhere(g *Generation, x *mountIndex) (bool, error) {
+	if m, ok := x.At(g.Mountpoint); ok && m.Dev == g.Dev {
+		return false, nil
+	}
+	p, err := nydusd.Find(g.PID, g.StartTime)
+	if err != nil || p == nil {
+		return false, err
+	}
+	defer p.Close()
+	return p.Connected()
 }
 
 // await makes Run look again once a retired daemon has ended. Nothing else
@@ -248,7 +272,14 @@ func (r *Reconciler) await(ctx context.Context, retired []Generation) error {
 		r.waiting[g.PID] = true
 		go func() {
 			defer p.Close()
-			p.WaitContext(ctx)
+			if !p.WaitContext(ctx) {
+				again := time.NewTimer(recheck)
+				defer again.Stop()
+				select {
+				case <-again.C:
+				case <-ctx.Done():
+				}
+			}
 			select {
 			case r.ended <- g.PID:
 			case <-ctx.Done():
@@ -292,7 +323,10 @@ func (r *Reconciler) pruneDisk(ctx context.Context) {
 // prune removes an instance that is only on disk. It takes the lock for it: a
 // mount of the same image may begin at this moment.
 func (r *Reconciler) prune(ctx context.Context, key string) error {
-	i, err := open(ctx, dirOf(r.cfg.RunDir, key), openCreate, 0)
+	i, err := open(ctx, dirOf(r.cfg.RunDir, key), openCreate, time.Second)
+	if errors.Is(err, errLocked) {
+		return nil // it is no longer only on disk
+	}
 	if err != nil {
 		return err
 	}

@@ -322,7 +322,7 @@ func TestUseUndoesAFailedMount(t *testing.T) {
 	i.rec.Current = &Generation{Number: 1}
 	fault := errors.New("mount fault")
 	pending := false
-	err := i.Use("/target", "/upper", func() error {
+	err := i.Use(t.Context(), "/target", "/upper", func() error {
 		u, err := readUser(i.dir.user("/target"))
 		pending = err == nil && u.Target == "/target" && u.Dev == ""
 		return fault

@@ -22,12 +22,15 @@ import (
 // directory, and writes down that target uses the instance. upper is the
 // overlay's upper directory or empty. Killed in between, it leaves a user that
 // is pending: the mount table tells whether the mount was made.
-func (i *Instance) Use(target, upper string, mount func() error) error {
+func (i *Instance) Use(ctx context.Context, target, upper string, mount func() error) error {
 	u := User{Target: target, Generation: i.rec.Current.Number, Upper: upper}
 	if err := i.writeUser(u); err != nil {
 		return err
 	}
-	if err := mount(); err != nil {
+	// The kernel asks each layer's filesystem when it mounts an overlay.
+	if err := within(ctx, askTimeout, mount); errors.Is(err, errNoAnswer) {
+		return fmt.Errorf("mount on %s: %w; it may be made yet", target, err) // so the user stays
+	} else if err != nil {
 		return errors.Join(err, i.dropUser(target))
 	}
 	var st unix.Stat_t
@@ -96,7 +99,7 @@ func indexOf(table rootfs.Table) *mountIndex {
 func users(d dir, rec *Record, x *mountIndex) (targets, gone []string, err error) {
 	if g := rec.Current; g != nil && g.Dev != "" {
 		for _, m := range x.byDev[g.Dev] {
-			if m.Target != g.Mountpoint {
+			if !isMountpoint(m.Target, g) {
 				targets = append(targets, m.Target)
 			}
 		}
@@ -123,6 +126,14 @@ func users(d dir, rec *Record, x *mountIndex) (targets, gone []string, err error
 		}
 	}
 	return targets, gone, nil
+}
+
+// isMountpoint tells whether target is the generation's own mountpoint, or that
+// in a copy of the run directory: a recursive bind of /run, for a chroot say, uses
+// no image.
+func isMountpoint(target string, g *Generation) bool {
+	instance := filepath.Dir(filepath.Dir(g.Mountpoint))
+	return strings.HasSuffix(target, strings.TrimPrefix(g.Mountpoint, filepath.Dir(filepath.Dir(instance))))
 }
 
 // usedBy is users for the holder of the lock, who also forgets those that are
@@ -187,6 +198,18 @@ func (u *User) made(m rootfs.Mount) bool {
 // Detach lets the instance go: it ends with the mounts that use it.
 func (i *Instance) Detach() error { return i.retire() }
 
+// Undo is Detach for who has just brought the instance up and mounted nothing
+// on it: it waits, briefly, until nothing is left of it.
+func (i *Instance) Undo(ctx context.Context) error {
+	if err := i.retire(); err != nil {
+		return err
+	}
+	i.awaitRetired(ctx)
+	err := i.sweep()
+	_, cleanup := i.removeIfEmpty(i.removeBootstrap)
+	return errors.Join(err, cleanup)
+}
+
 // retire takes the current generation out of use. Its daemon ends with the last
 // mount that can reach it.
 func (i *Instance) retire() error {
@@ -196,11 +219,16 @@ func (i *Instance) retire() error {
 	}
 	if !g.Ready {
 		// Somebody was killed while starting it. Nobody ever used it.
-		if err := removeGeneration(i.rec.Key, *g); err != nil {
+		err := removeGeneration(i.rec.Key, *g)
+		if errors.Is(err, errCgroup) {
+			// Not worth a mount: sweep tries again.
+			i.note("clean up: %v", err)
+			i.rec.Retired = append(i.rec.Retired, *g)
+		} else if err != nil {
 			return err
 		}
 	} else {
-		if err := rootfs.DetachAll(g.Mountpoint); err != nil {
+		if err := unmount(g.Mountpoint); err != nil {
 			return err
 		}
 		i.rec.Retired = append(i.rec.Retired, *g)
@@ -227,6 +255,17 @@ func (i *Instance) sweep() error {
 	return errors.Join(errs...)
 }
 
+// unmount takes the image off its mountpoint everywhere. A detach reaches all
+// mount namespaces that share the run directory; what others have copied, the
+// kernel detaches when the mountpoint itself is removed. Otherwise whoever
+// unshares a mount namespace, which takes no privilege, would keep the daemon.
+func unmount(mountpoint string) error {
+	if err := rootfs.DetachAll(mountpoint); err != nil {
+		return err
+	}
+	return remove(mountpoint)
+}
+
 // endWait is how long a daemon whose filesystem is gone may take to end. It
 // takes some milliseconds; one that hangs would take for ever.
 const endWait = time.Second
@@ -235,7 +274,7 @@ const endWait = time.Second
 // filesystem is gone serves nobody and is made to end.
 func finish(key string, g Generation) (ended bool, err error) {
 	// Somebody may have been killed while bringing it back.
-	if err := rootfs.DetachAll(g.Mountpoint); err != nil {
+	if err := unmount(g.Mountpoint); err != nil {
 		return false, err
 	}
 	p, err := nydusd.Find(g.PID, g.StartTime)
@@ -268,20 +307,28 @@ func removeGeneration(key string, g Generation) error {
 			return err
 		}
 	}
-	if err := rootfs.DetachAll(g.Mountpoint); err != nil {
+	if err := unmount(g.Mountpoint); err != nil {
 		return err
 	}
 	var errs []error
-	for _, path := range []string{d.config(), d.socket(), d.mountpoint()} {
+	for _, path := range []string{d.config(), d.socket()} {
 		errs = append(errs, remove(path))
 	}
 	leftovers, _ := filepath.Glob(filepath.Join(string(d), ".new-*"))
 	for _, path := range leftovers {
 		errs = append(errs, remove(path))
 	}
-	errs = append(errs, remove(string(d)), cgroupOf(key, g).Remove())
-	return errors.Join(errs...)
+	if err := errors.Join(append(errs, remove(string(d)))...); err != nil {
+		return err
+	}
+	if err := cgroupOf(key, g).Remove(); err != nil {
+		return fmt.Errorf("%w: %w", errCgroup, err)
+	}
+	return nil
 }
+
+// errCgroup says that all but a generation's cgroup could be removed.
+var errCgroup = errors.New("everything else is gone")
 
 func killOrphans(g Generation) error {
 	procs, err := nydusd.Orphans(filepath.Dir(g.Mountpoint))
@@ -348,7 +395,19 @@ func (i *Instance) reattach(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	for n, g := range i.rec.Retired {
-		if g.Failed || !rebind(ctx, x, g) {
+		if g.Failed {
+			continue
+		}
+		ok, err := rebind(ctx, x, g)
+		if err != nil {
+			// It would not answer the next mount either.
+			i.rec.Retired[n].Failed = true
+			i.note("nydusd %d does not answer and is replaced: %v", g.PID, err)
+			if err := i.write(); err != nil {
+				return false, err
+			}
+		}
+		if !ok {
 			continue
 		}
 		i.rec.Retired = slices.Delete(i.rec.Retired, n, n+1)
@@ -359,14 +418,17 @@ func (i *Instance) reattach(ctx context.Context) (bool, error) {
 }
 
 // rebind mounts g's filesystem at its mountpoint again, from wherever else it
-// is mounted. Failing is normal: that mount, and the daemon, may go away at any
-// moment.
-func rebind(ctx context.Context, x *mountIndex, g Generation) bool {
+// is mounted. Not succeeding is normal: that mount, and the daemon, may go away at
+// any moment. An error says that the filesystem does not answer.
+func rebind(ctx context.Context, x *mountIndex, g Generation) (bool, error) {
 	p, err := nydusd.Find(g.PID, g.StartTime)
 	if err != nil || p == nil {
-		return false
+		return false, nil
 	}
 	defer p.Close()
+	if os.MkdirAll(g.Mountpoint, 0o700) != nil {
+		return false, nil
+	}
 	for _, m := range x.byDev[g.Dev] {
 		if m.Root != "/" || m.Target == g.Mountpoint || !strings.HasPrefix(m.Type, "fuse") {
 			continue
@@ -374,31 +436,38 @@ func rebind(ctx context.Context, x *mountIndex, g Generation) bool {
 		if rootfs.Bind(m.Target, g.Mountpoint, nil) != nil {
 			continue
 		}
-		if proven(ctx, p, g) {
-			return true
+		ok, err := proven(ctx, p, g)
+		if ok {
+			return true, nil
 		}
-		if rootfs.DetachAll(g.Mountpoint) != nil {
-			return false
+		if rootfs.DetachAll(g.Mountpoint) != nil || err != nil {
+			return false, err
 		}
 	}
-	return false
+	return false, nil
 }
 
 // proven tells whether what was mounted again is g's filesystem, and answers. A
 // path may lead elsewhere by now, and a device number is used again as soon as
 // its filesystem is gone: the daemon's connection is looked at last, because
-// while that exists the number is still its.
-func proven(ctx context.Context, p *nydusd.Process, g Generation) bool {
+// while that exists the number is still its. An error says that it is there and
+// does not answer.
+func proven(ctx context.Context, p *nydusd.Process, g Generation) (bool, error) {
 	m, ok, err := rootfs.Lookup(g.Mountpoint)
-	if err != nil || !ok || m.Dev != g.Dev || askWithin(ctx, g.Mountpoint, askTimeout) != nil {
-		return false
+	if err != nil || !ok || m.Dev != g.Dev {
+		return false, nil
+	}
+	if err := askWithin(ctx, g.Mountpoint, askTimeout); errors.Is(err, errNoAnswer) {
+		return false, err
+	} else if err != nil {
+		return false, nil
 	}
 	connected, err := p.Connected()
-	return err == nil && connected
+	return err == nil && connected, nil
 }
 
 // awaitRetired waits for a retired daemon to end, briefly, and tells whether
-// one did.
+// one has.
 func (i *Instance) awaitRetired(ctx context.Context) bool {
 	deadline := time.Now().Add(retireWait)
 	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
@@ -406,8 +475,11 @@ func (i *Instance) awaitRetired(ctx context.Context) bool {
 	}
 	for _, g := range i.rec.Retired {
 		p, err := nydusd.Find(g.PID, g.StartTime)
-		if err != nil || p == nil {
+		if err != nil {
 			continue
+		}
+		if p == nil {
+			return true
 		}
 		ended := p.Wait(deadline)
 		p.Close()
@@ -422,13 +494,13 @@ func (i *Instance) awaitRetired(ctx context.Context) bool {
 var ErrNotNydus = errors.New("not a nydus root filesystem")
 
 // FindByTarget returns the key of the instance beneath the root filesystem at
-// target, or ErrNotNydus. It reads records and the mount table only.
+// target, an overlay on it or the image itself, or ErrNotNydus. It reads records and the mount table only.
 func FindByTarget(runDir, target string) (key string, err error) {
 	x, err := readMounts()
 	if err != nil {
 		return "", err
 	}
-	if m, ok := x.At(target); !ok || m.Type != "overlay" {
+	if m, ok := x.At(target); !ok || m.Type != "overlay" && !strings.HasPrefix(m.Type, "fuse") {
 		return "", ErrNotNydus
 	}
 	keys, err := Keys(runDir)
@@ -444,7 +516,7 @@ func FindByTarget(runDir, target string) (key string, err error) {
 }
 
 // generationBeneath returns the generation that the overlay on target was
-// mounted on, nil for none of this instance's.
+// mounted on, or that is mounted on it; nil for none of this instance's.
 func generationBeneath(d dir, rec *Record, x *mountIndex, target string) *Generation {
 	all := rec.Retired
 	if rec.Current != nil {
@@ -452,8 +524,11 @@ func generationBeneath(d dir, rec *Record, x *mountIndex, target string) *Genera
 	}
 	u, err := readUser(d.user(target))
 	made := err == nil && u != nil && slices.Contains(u.mounts(x), target)
-	overlay, _ := x.At(target)
-	dev := lowerDev(x.Table, overlay)
+	m, _ := x.At(target)
+	dev := m.Dev
+	if m.Type == "overlay" {
+		dev = lowerDev(x.Table, m)
+	}
 	for _, g := range all {
 		if made && u.Generation == g.Number || dev != "" && g.Dev == dev {
 			return &g

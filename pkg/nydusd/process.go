@@ -236,9 +236,15 @@ func (p *Process) Kill(mountpoint string) error {
 	if err := rootfs.Abort(mountpoint); err != nil {
 		return fmt.Errorf("kill nydusd %d: %w", p.PID, err)
 	}
-	p.Wait(time.Time{})
+	if !p.Wait(time.Now().Add(killWait)) {
+		return fmt.Errorf("kill nydusd %d: it has not ended after %s; a disk or another file system that it uses may hang", p.PID, killWait)
+	}
 	return nil
 }
+
+// killWait is how long a process may take to end that was killed. It takes
+// milliseconds, or as long as the disk hangs that it waits for.
+const killWait = 5 * time.Second
 
 // killGroup kills the process with what it started itself, when it is a script
 // for example. Before Linux 6.9 a pidfd names no group (EINVAL), and a process
@@ -265,13 +271,11 @@ func (p *Process) Abandon() error {
 func (p *Process) Wait(deadline time.Time) bool { return p.wait(deadline, -1) }
 
 // WaitContext waits for the process to end or ctx, and tells whether it has
-// ended.
+// ended. Where it cannot wait it returns at once.
 func (p *Process) WaitContext(ctx context.Context) bool {
 	r, w, err := os.Pipe()
 	if err != nil {
-		// Out of descriptors: the caller asks again.
-		<-ctx.Done()
-		return p.wait(time.Now(), -1)
+		return p.wait(time.Now(), -1) // out of descriptors: the caller asks again
 	}
 	defer r.Close()
 	// A second close is harmless.
@@ -300,8 +304,8 @@ func (p *Process) wait(deadline time.Time, stop int) bool {
 func (p *Process) Connected() (bool, error) {
 	dir := fmt.Sprintf("/proc/%d/fd", p.PID)
 	entries, err := os.ReadDir(dir)
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
-		return false, nil // it has just ended
+	if isGone(err) {
+		return false, nil
 	}
 	if err != nil {
 		return false, fmt.Errorf("look at process %d: %w", p.PID, err)
@@ -311,30 +315,68 @@ func (p *Process) Connected() (bool, error) {
 		if err != nil {
 			continue
 		}
-		if link, err := os.Readlink(filepath.Join(dir, e.Name())); err != nil || link != fuseDevice {
+		// The name only tells what not to touch: a file of the cache may lie on a
+		// disk that hangs, and the device's node may have been made anew.
+		link, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if err == nil && !strings.HasPrefix(link, "/dev/") {
 			continue
 		}
-		if p.serving(fd) {
+		var st unix.Stat_t
+		if err == nil {
+			err = unix.Stat(filepath.Join(dir, e.Name()), &st)
+		}
+		if isGone(err) || err == nil && (st.Mode&unix.S_IFMT != unix.S_IFCHR || st.Rdev != fuseDevice) {
+			continue
+		}
+		serves := false
+		if err == nil {
+			serves, err = p.serving(fd)
+		}
+		if err != nil {
+			return false, fmt.Errorf("look at descriptor %d of process %d: %w", fd, p.PID, err)
+		}
+		if serves {
 			return true, nil
 		}
 	}
 	return false, nil
 }
 
-// fuseDevice is what nydusd opens to serve a filesystem.
-const fuseDevice = "/dev/fuse"
+// isGone tells whether an error about a process or one of its descriptors means
+// that it is there no more. Any other one says nothing about it.
+func isGone(err error) bool {
+	return errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) || errors.Is(err, os.ErrProcessDone)
+}
+
+// fuseDevice is the number of /dev/fuse (10, 229), which nydusd opens to serve a
+// filesystem.
+const fuseDevice = 10<<8 | 229
 
 // serving looks at one of the daemon's open FUSE devices. The kernel reports an
 // error on it once the filesystem is gone.
-func (p *Process) serving(fd int) bool {
+func (p *Process) serving(fd int) (bool, error) {
 	own, err := unix.PidfdGetfd(p.FD, fd, 0)
+	if isGone(err) || errors.Is(err, unix.EBADF) {
+		return false, nil
+	}
 	if err != nil {
-		return false
+		return false, fmt.Errorf("pidfd_getfd: %w", err)
 	}
 	defer unix.Close(own)
 	polls := []unix.PollFd{{Fd: int32(own)}}
-	_, err = unix.Poll(polls, 0)
-	return err == nil && polls[0].Revents&unix.POLLERR == 0
+	for {
+		_, err = unix.Poll(polls, 0)
+		if !errors.Is(err, unix.EINTR) {
+			return polls[0].Revents&unix.POLLERR == 0, err
+		}
+	}
+}
+
+// Stopped tells whether the process was stopped, by SIGSTOP or a debugger: it
+// answers nobody until it is continued.
+func (p *Process) Stopped() bool {
+	fields, err := stat(p.PID)
+	return err == nil && (fields[0] == "T" || fields[0] == "t")
 }
 
 // Exit describes how a process that we started has ended, reaping it; empty
@@ -364,7 +406,11 @@ func Find(pid int, startTime uint64) (*Process, error) {
 		return nil, fmt.Errorf("open process %d: %w", pid, err)
 	}
 	// Read after the pidfd was opened: if it still matches, the pidfd is ours.
-	if now, err := StartTime(pid); err != nil || now != startTime {
+	now, err := StartTime(pid)
+	if err != nil && !isGone(err) {
+		return nil, errors.Join(fmt.Errorf("look at process %d: %w", pid, err), unix.Close(fd))
+	}
+	if err != nil || now != startTime {
 		return nil, unix.Close(fd)
 	}
 	return &Process{PID: pid, StartTime: startTime, FD: fd}, nil
@@ -429,7 +475,7 @@ func Orphans(dir string) ([]*Process, error) {
 	var found []*Process
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
-		if err != nil || !serves(pid, dir) {
+		if err != nil || !own(e) {
 			continue
 		}
 		start, err := StartTime(pid)
@@ -440,11 +486,30 @@ func Orphans(dir string) ([]*Process, error) {
 		if err != nil {
 			return found, err
 		}
-		if p != nil {
+		if p == nil {
+			continue
+		}
+		// Asked last: now it is this process and no other of the same number.
+		if serves(pid, dir) && !p.Wait(time.Now()) {
 			found = append(found, p)
+			continue
+		}
+		if err := p.Close(); err != nil {
+			return found, err
 		}
 	}
 	return found, nil
+}
+
+// own tells whether a process is of this user. Anybody can have any arguments,
+// and keep whoever reads them waiting.
+func own(proc os.DirEntry) bool {
+	info, err := proc.Info()
+	if err != nil {
+		return false
+	}
+	st, ok := info.Sys().(*syscall.Stat_t)
+	return ok && int(st.Uid) == os.Geteuid()
 }
 
 func serves(pid int, dir string) bool {

@@ -33,7 +33,7 @@ func (o Overlay) Mount(target string) error {
 	lower := o.Lower
 	if o.Upper == "" && len(lower) == 1 {
 		// The kernel refuses a read-only overlay of a single layer.
-		return Bind(lower[0], target, append([]string{"ro"}, flagsOnly(o.Options)...))
+		return Bind(lower[0], target, append([]string{"ro"}, Flags(o.Options)...))
 	}
 	dir := ""
 	if len(o.data(lower)) > maxData() {
@@ -61,8 +61,9 @@ func (o Overlay) data(lower []string) string {
 	return strings.Join(append(parts, o.Options...), ",")
 }
 
-// flagsOnly drops overlay's own options, which a bind does not take.
-func flagsOnly(options []string) []string {
+// Flags drops an overlay's own options and its labels, which a bind does not
+// take.
+func Flags(options []string) []string {
 	var flags []string
 	for _, o := range options {
 		if !strings.Contains(o, "=") && o != "userxattr" && o != "volatile" {
