@@ -23,7 +23,7 @@ func snapshotOptions(cfg config.Config, key mountspec.Key) snapshot.Options {
 		Managed:     cfg.Mount.Style == config.StyleManaged,
 		Daemon:      nydusdOf{cfg.Daemon}.spec,
 		Backends:    backends{resolver(cfg.Remote)},
-		Credentials: keychain{registry.Docker{Dir: dockerDir()}},
+		Credentials: keychain{docker()},
 		Sealer:      sealer{key},
 	}
 	if cfg.Mount.Credentials == config.CredentialsPlain {
@@ -41,16 +41,19 @@ func resolver(r config.Remote) registry.Resolver {
 	return registry.Hosts{PlainHTTP: r.PlainHTTP, SkipVerify: r.SkipVerify}
 }
 
-// dockerDir is where docker keeps its configuration. A service has no HOME.
-func dockerDir() string {
-	if dir := os.Getenv("DOCKER_CONFIG"); dir != "" {
-		return dir
-	}
+// docker finds logins where docker keeps them. A service has no HOME, without
+// which credential helpers do not find what they know.
+func docker() registry.Docker {
+	d := registry.Docker{Dir: os.Getenv("DOCKER_CONFIG")}
 	home, err := os.UserHomeDir()
 	if err != nil {
 		home = "/root"
+		d.Env = []string{"HOME=" + home}
 	}
-	return filepath.Join(home, ".docker")
+	if d.Dir == "" {
+		d.Dir = filepath.Join(home, ".docker")
+	}
+	return d
 }
 
 // backends turns a resolved reference into nydusd's configuration.

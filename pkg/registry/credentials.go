@@ -49,6 +49,8 @@ type Docker struct {
 	Dir string
 	// Timeout bounds one run of a credential helper; 0 means 10 seconds.
 	Timeout time.Duration
+	// Env is added to the environment of credential helpers, as "NAME=VALUE".
+	Env []string
 }
 
 const (
@@ -149,6 +151,7 @@ func (d Docker) ask(ctx context.Context, helper, key string) (types.AuthConfig, 
 	p := &program{}
 	answer, err := client.Get(func(args ...string) client.Program {
 		p.cmd = exec.CommandContext(ctx, name, args...)
+		p.cmd.Env = append(os.Environ(), d.Env...)
 		return p
 	}, key)
 	switch {
@@ -188,6 +191,9 @@ func (p *program) Output() ([]byte, error) {
 	var out bytes.Buffer
 	p.cmd.Stdout = &out
 	p.err = p.cmd.Run()
+	if errors.Is(p.err, exec.ErrWaitDelay) {
+		p.err = nil // it succeeded, and left a child behind
+	}
 	return out.Bytes(), p.err
 }
 

@@ -190,3 +190,17 @@ func TestCredentialsHideThemselves(t *testing.T) {
 		}
 	}
 }
+
+// A helper gets what is configured for it, and may leave a child behind that
+// keeps its output open.
+func TestHelperEnvironment(t *testing.T) {
+	d := dockerDir(t, `{"credsStore": "h"}`, map[string]string{
+		"h": `sleep 30 & echo "{\"Username\":\"u\",\"Secret\":\"$HOME\"}"`,
+	})
+	t.Setenv("HOME", "")
+	d.Env = []string{"HOME=/where"}
+	c, err := d.Credentials(t.Context(), "registry.example")
+	if err != nil || c == nil || c.Auth != auth("u", "/where") {
+		t.Errorf("%#v, %v", c, err)
+	}
+}
