@@ -78,10 +78,13 @@ func classify(key, parent string, labels map[string]string) (layerKind, error) {
 // dataName is the name under which a data layer is committed. containerd finds
 // it by label and parent, not by name; the name makes the commit idempotent,
 // since the same layer on the same parent always gets the same. The layer is
-// then shared by containerd's namespaces, like its content.
+// then shared by containerd's namespaces, like its content. containerd takes the
+// first one that fits, in the order of names: this one comes before those of any
+// namespace, or whoever declares another namespace's layer as nydus data would be
+// given that.
 func dataName(parent, target string) string {
 	sum := sha256.Sum256([]byte(parent))
-	return "nydus-data/" + hex.EncodeToString(sum[:8]) + "/" + target
+	return "+nydus-data/" + hex.EncodeToString(sum[:8]) + "/" + target
 }
 
 func labelsOf(opts []snapshots.Opt) (map[string]string, error) {
