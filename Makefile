@@ -59,7 +59,10 @@ demo: need-root tools build ## pull, start, read and stop a container from a nyd
 .PHONY: install
 install: build ## install into PREFIX (DESTDIR for packages), mount.nydus into SBINDIR
 	install -d '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(SBINDIR)' '$(DESTDIR)$(UNITDIR)'
-	install -m 0755 $(BINARIES:%=bin/%) '$(DESTDIR)$(PREFIX)/bin/'
+	@# By rename: a mount that begins meanwhile finds the old program or the new one.
+	for b in $(BINARIES); do \
+	  install -m 0755 "bin/$$b" "$(DESTDIR)$(PREFIX)/bin/.$$b.new" && mv -f "$(DESTDIR)$(PREFIX)/bin/.$$b.new" "$(DESTDIR)$(PREFIX)/bin/$$b"; \
+	done
 	ln -sfn '$(PREFIX)/bin/nydus-overlayfs' '$(DESTDIR)$(SBINDIR)/mount.nydus'
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|g' contrib/systemd/nydus-snapshotter.service > '$(DESTDIR)$(UNITDIR)/nydus-snapshotter.service'
 
