@@ -120,27 +120,45 @@ func (i *Instance) serves(ctx context.Context) (bool, error) {
 	if g == nil || !g.Ready || g.Failed {
 		return false, nil
 	}
-	p, err := nydusd.Find(g.PID, g.StartTime)
-	if err != nil || p == nil {
-		return false, err
-	}
-	defer p.Close()
-	m, ok, err := rootfs.Lookup(g.Mountpoint)
-	if err != nil || !ok || m.Dev != g.Dev {
-		return false, err
-	}
-	err = askWithin(ctx, g.Mountpoint, askTimeout)
+	err := within(ctx, askTimeout, func() error { return answers(g) })
 	switch {
 	case err == nil:
 		return true, nil
 	case ctx.Err() != nil:
 		return false, err
-	case errors.Is(err, errNoAnswer) && !p.Stopped():
+	case errors.Is(err, errUnmounted):
+		return false, nil
+	}
+	p, found := nydusd.Find(g.PID, g.StartTime)
+	if found != nil || p == nil {
+		return false, found
+	}
+	defer p.Close()
+	if errors.Is(err, errNoAnswer) && !p.Stopped() {
 		return false, fmt.Errorf("nydusd %d is busy: %w; is its registry reachable? See %s", g.PID, err, diskDirOf(i.rec.Root, i.rec.Key).log())
 	}
 	g.Failed = true
 	i.note("nydusd %d does not answer and is replaced: %v", g.PID, err)
 	return false, nil
+}
+
+// errUnmounted says that a generation's filesystem is not on its mountpoint.
+var errUnmounted = errors.New("not mounted")
+
+// answers makes a generation answer, in the way that takes least: most mounts
+// find one that does. Its device is learned without the mount table, which is long
+// on a node with many containers; statfs is what no cache can answer.
+func answers(g *Generation) error {
+	var st unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, g.Mountpoint, unix.AT_SYMLINK_NOFOLLOW|unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st)
+	if errors.Is(err, unix.ENOENT) || err == nil && fmt.Sprintf("%d:%d", st.Dev_major, st.Dev_minor) != g.Dev {
+		return errUnmounted
+	}
+	var fs unix.Statfs_t
+	if err == nil {
+		err = unix.Statfs(g.Mountpoint, &fs)
+	}
+	return err
 }
 
 // Mountpoint is where the image's filesystem is mounted.
