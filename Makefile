@@ -108,8 +108,10 @@ test-unit: need-root tools build ## the tests beside the code, with the race det
 	$(GO) test $(RACE) -count=1 -timeout 20m -run '$(RUN)' ./...
 
 .PHONY: test-e2e
-test-e2e: need-root tools build ## conventions, end to end and kill points, one package after the other (root)
+test-e2e: need-root tools build ## conventions, end to end and kill points, with both nydusd (root)
 	cd test && $(GO) vet ./... && $(GO) test -p 1 -count=1 -timeout 60m -run '$(RUN)' ./...
+	@echo "== with the oldest supported nydusd"
+	cd test && NYDUS_DAEMON=old $(GO) test -p 1 -count=1 -timeout 60m -run '$(RUN)' ./mount ./e2e
 
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME

@@ -12,7 +12,7 @@ import (
 // Tools names the real parts that tests run against, as `make tools`
 // (test/tools/install.sh) left them. All paths are absolute and exist.
 type Tools struct {
-	Nydusd          string // nydusd
+	Nydusd          string // nydusd: the one that users run, or the oldest supported, see FindTools
 	NydusImage      string // nydus-image
 	ContainerdBin   string // directory of containerd 2.4, ctr and its shim
 	Containerd16Bin string // directory of Debian's containerd 1.6, ctr and its shim
@@ -23,7 +23,9 @@ type Tools struct {
 	Cache           string // the tool cache itself; fixtures are kept there too
 }
 
-// FindTools reads the tool cache's env file. The error says what to do.
+// FindTools reads the tool cache's env file. With NYDUS_DAEMON=old in the
+// environment nydusd is the oldest one that is supported, otherwise (or with
+// "current") the one that users run. The error says what to do.
 func FindTools() (Tools, error) {
 	cache, err := toolCache()
 	if err != nil {
@@ -35,8 +37,16 @@ func FindTools() (Tools, error) {
 	}
 	tools := Tools{Cache: cache}
 	var faults []error
+	daemon := "NYDUSD"
+	switch which := os.Getenv("NYDUS_DAEMON"); which {
+	case "", "current":
+	case "old":
+		daemon = "NYDUSD_OLD"
+	default:
+		faults = append(faults, fmt.Errorf("NYDUS_DAEMON is %q, want current or old", which))
+	}
 	for name, dst := range map[string]*string{
-		"NYDUSD": &tools.Nydusd, "NYDUS_IMAGE": &tools.NydusImage,
+		daemon: &tools.Nydusd, "NYDUS_IMAGE": &tools.NydusImage,
 		"CONTAINERD_BIN": &tools.ContainerdBin, "CONTAINERD16_BIN": &tools.Containerd16Bin,
 		"RUNC": &tools.Runc, "REGISTRY": &tools.Registry,
 		"MOUNT_FUSE": &tools.MountFuse, "FIXTURE_DEBS": &tools.FixtureDebs,

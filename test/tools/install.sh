@@ -15,6 +15,7 @@
 set -euo pipefail
 
 nydus_version=2.2.0
+nydusd_version=2.4.0 # of test/nydusd
 containerd_version=2.4.2
 runc_version=1.5.2
 golangci_version=2.15.0
@@ -34,6 +35,7 @@ fixture_packages=(
 )
 
 export HOME="${HOME:-/root}" # not set in a service
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache=${NYDUS_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/nydus-tools}
 
 say() { printf 'tools: %s\n' "$*" >&2; }
@@ -115,17 +117,10 @@ go_install() {
 		die "go install $* failed: see the compiler's message above"
 }
 
+# install_nydus builds the oldest supported nydusd, and nydus-image, whose version
+# the fixtures depend on.
 install_nydus() {
-	local have dir=$cache/nydus-rs-$nydus_version
-	if command -v nydusd >/dev/null && command -v nydus-image >/dev/null; then
-		have=$(nydusd --version 2>/dev/null | sed -n 's/.*[vV]ersion:*[[:space:]]*v*\([0-9][0-9.]*\).*/\1/p' | head -n1 || true)
-		if [ -n "$have" ] && version_at_least "$have" "$nydus_version"; then
-			say "nydusd $have from PATH"
-			emit NYDUSD "$(command -v nydusd)"
-			emit NYDUS_IMAGE "$(command -v nydus-image)"
-			return
-		fi
-	fi
+	local dir=$cache/nydus-rs-$nydus_version
 	if [ ! -x "$dir/bin/nydusd" ] || [ ! -x "$dir/bin/nydus-image" ]; then
 		need cargo "install Rust (cargo builds nydusd)"
 		need cc "a C compiler is needed to build nydusd (package gcc)"
@@ -138,8 +133,36 @@ install_nydus() {
 		rm -rf "$tmp/target"
 		publish "$tmp" "$dir"
 	fi
-	emit NYDUSD "$dir/bin/nydusd"
+	emit NYDUSD_OLD "$dir/bin/nydusd"
 	emit NYDUS_IMAGE "$dir/bin/nydus-image"
+}
+
+# install_nydusd finds or builds the nydusd that users run: the one in PATH when
+# it is as new, else the front end in test/nydusd.
+install_nydusd() {
+	local have key dir src=$here/../nydusd
+	if command -v nydusd >/dev/null; then
+		have=$(nydusd --version 2>/dev/null | sed -n 's/.*[vV]ersion:*[[:space:]]*v*\([0-9][0-9.]*\).*/\1/p' | head -n1 || true)
+		if [ -n "$have" ] && version_at_least "$have" "$nydusd_version"; then
+			say "nydusd $have from PATH"
+			emit NYDUSD "$(command -v nydusd)"
+			return
+		fi
+	fi
+	key=$(cd "$src" && find Cargo.toml Cargo.lock src -type f | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c1-12)
+	dir=$cache/nydusd-$nydusd_version-$key
+	if [ ! -x "$dir/bin/nydusd" ]; then
+		need cargo "install Rust (cargo builds nydusd)"
+		need perl "OpenSSL's build needs it (apt-get install perl)"
+		say "building nydusd $nydusd_version from test/nydusd, about 4 minutes"
+		local tmp
+		tmp=$(fresh nydusd)
+		cargo install --path "$src" --locked --root "$tmp" --target-dir "$tmp/target" >&2 ||
+			die "cargo install of test/nydusd failed: see the compiler's message above"
+		rm -rf "$tmp/target"
+		publish "$tmp" "$dir"
+	fi
+	emit NYDUSD "$dir/bin/nydusd"
 }
 
 install_containerd() {
@@ -308,6 +331,7 @@ install_fixture_packages
 install_containerd
 install_runc
 install_nydus
+install_nydusd
 chmod 0644 "$env_tmp"
 mv "$env_tmp" "$cache/env"
 say "ready in $cache"
