@@ -230,6 +230,11 @@ func TestLeakCheckTurnsRed(t *testing.T) {
 				t.Fatalf("%v", err)
 			}
 		}, "/run/leak/instance/record"},
+		"instance's directory": {func(t kit.TB) {
+			if err := os.MkdirAll("/run/leak/i/key/g1/mnt", 0o755); err != nil {
+				t.Fatalf("%v", err)
+			}
+		}, "run-directory entry /run/leak/i/key/g1/mnt"},
 	}
 	for name, l := range leak {
 		t.Run(name, func(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -24,8 +25,9 @@ const settle = 10 * time.Second
 // is removed, so that the next test starts clean. NewNode and NewRegistry call it.
 //
 // It covers the program's namespaces: every mount, every process (a nydusd, a
-// shim, a forgotten child), every socket and file below /run, and every cgroup
-// below CgroupRoot. Tests that use it cannot run in parallel.
+// shim, a forgotten child), every socket and file below /run, every directory of
+// an instance there, and every cgroup below CgroupRoot. Tests that use it cannot
+// run in parallel.
 func Baseline(t TB) {
 	t.Helper()
 	BaselineWithin(t, settle)
@@ -144,7 +146,7 @@ type mountKey struct {
 type state struct {
 	mounts  map[mountKey]*mountinfo.Info
 	procs   map[string]Process
-	entries map[string]bool // files, sockets, links below /run, no directories
+	entries map[string]bool // files, sockets, links below /run, and the directories of instances
 	cgroups map[string]bool // directories below CgroupRoot
 }
 
@@ -172,7 +174,7 @@ func capture() (*state, error) {
 		if mounted[path] {
 			return fs.SkipDir // a container's root or an image is no run-directory entry
 		}
-		if err == nil && !d.IsDir() {
+		if err == nil && (!d.IsDir() || strings.Contains(filepath.Dir(path)+"/", "/i/")) {
 			s.entries[path] = true
 		}
 		return nil
@@ -349,7 +351,7 @@ func (s *state) purge() {
 	for _, p := range left.procs {
 		_ = unix.Kill(p.PID, unix.SIGKILL)
 	}
-	for _, e := range left.entries {
+	for _, e := range slices.Backward(left.entries) { // what is in a directory comes after it
 		_ = os.Remove(e)
 	}
 	for _, c := range left.cgroups {

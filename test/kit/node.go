@@ -368,8 +368,8 @@ func (n *Node) WaitDaemons(want int, within time.Duration) error {
 }
 
 // RunEntries lists what lies in the run directory beside plain files at its top
-// (keys, locks) and empty directories: instances, sockets, records, mounts. It
-// is empty when no image is mounted. It touches no mount.
+// and keys: instances with all their directories, sockets, records, mounts. It is
+// empty when no image is mounted. It touches no mount.
 func (n *Node) RunEntries() []string {
 	mounts, files := n.runEntries()
 	return append(mounts, files...)
@@ -392,7 +392,8 @@ func (n *Node) runEntries() (mounts, files []string) {
 		if mounted[path] || path == filepath.Join(n.cfg.RunDir, "keys") {
 			return fs.SkipDir
 		}
-		if err != nil || d.IsDir() || (filepath.Dir(path) == n.cfg.RunDir && d.Type().IsRegular()) {
+		top := filepath.Dir(path) == n.cfg.RunDir
+		if err != nil || path == n.cfg.RunDir || top && (d.IsDir() || d.Type().IsRegular()) {
 			return nil
 		}
 		files = append(files, path)
