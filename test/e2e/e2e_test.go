@@ -123,11 +123,13 @@ func daemonsNow(t *testing.T, node *kit.Node, n int) {
 }
 
 // imageMounts checks how many image filesystems are mounted, however often each.
+// The machine's own do not count.
 func imageMounts(t *testing.T, want int) {
 	t.Helper()
 	devices := map[string][]string{}
 	for _, m := range kit.Mounts(t, "") {
-		if strings.HasPrefix(m.FSType, "fuse") || m.FSType == "erofs" {
+		ours := strings.HasPrefix(m.Mountpoint, "/run/") || strings.HasPrefix(m.Mountpoint, kit.Scratch()+"/")
+		if ours && (strings.HasPrefix(m.FSType, "fuse") || m.FSType == "erofs") {
 			dev := fmt.Sprintf("%d:%d", m.Major, m.Minor)
 			devices[dev] = append(devices[dev], m.Mountpoint)
 		}

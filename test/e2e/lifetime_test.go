@@ -34,16 +34,26 @@ func TestPullingStartsNothing(t *testing.T) {
 	for i := range refs {
 		refs[i], _ = smallNydus(t, r, fmt.Sprintf("image-%d", i))
 	}
-	n := helper24.node(t, kit.NodeConfig{Config: map[string]any{"daemon.nydusd_path": "/nowhere/nydusd"}})
-	parallel(t, images, func(i int) error {
-		_, err := n.Pull(t.Context(), refs[i], kit.PullOptions{})
-		return err
+	eachStyle(t, func(t *testing.T, s style) {
+		count := countStarts(t)
+		n := s.node(t, kit.NodeConfig{Config: map[string]any{"daemon.nydusd_path": count.path, "mount.idle_linger": "1h"}})
+		parallel(t, images, func(i int) error {
+			_, err := n.Pull(t.Context(), refs[i], kit.PullOptions{})
+			return err
+		})
+		daemonsNow(t, n, 0)
+		imageMounts(t, 0)
+		count.want(t, 0)
+		if left := n.RunEntries(); len(left) > 0 {
+			t.Errorf("pulling left %v in the run directory", left)
+		}
+		// The counter sees what a container needs.
+		img := pull(t, n, refs[0])
+		count.want(t, 0)
+		remove(t, run(t, n, img, "one", kit.RunOptions{}))
+		count.want(t, 1)
+		endLinger(t, n)
 	})
-	daemonsNow(t, n, 0)
-	imageMounts(t, 0)
-	if left := n.RunEntries(); len(left) > 0 {
-		t.Errorf("pulling left %v in the run directory", left)
-	}
 }
 
 // TestManyContainersShareOneDaemon starts 64 containers of one image at once.
