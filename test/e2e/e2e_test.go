@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -169,17 +170,26 @@ func tryRun(t *testing.T, n *kit.Node, img containerd.Image, id string, opts kit
 // again repeats f as kubelet would when containerd 1.6 lost the exit status of
 // the mount helper: its shim reaps every child, and now and then faster than the
 // code that waits for this one, which tries ten times and gives up. Busy machines
-// get there. It is the only failure that is not taken for one.
+// get there. It is the only failure that is not taken for one, and only as long as
+// it stays rare.
 func again(t *testing.T, n *kit.Node, f func() error) error {
-	for range 5 {
+	for {
 		err := f()
 		if err == nil || !lostStatus(n, err.Error()) {
 			return err
 		}
-		t.Logf("containerd 1.6 lost the mount helper's exit status ten times in a row; starting again")
+		count := lostStatuses.Add(1)
+		t.Logf("containerd 1.6 lost the mount helper's exit status ten times in a row, for the %d. time in this run", count)
+		if count > maxLostStatuses {
+			return fmt.Errorf("more than %d starts of this run lost the mount helper's exit status: %w", maxLostStatuses, err)
+		}
 	}
-	return f()
 }
+
+// maxLostStatuses is how many starts of a run containerd 1.6 may lose.
+const maxLostStatuses = 8
+
+var lostStatuses atomic.Int32
 
 func lostStatus(n *kit.Node, text string) bool {
 	tools, err := kit.FindTools()
