@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -27,6 +28,7 @@ type mainJob struct {
 	registry      *kit.Registry
 	plain, nydus  *kit.Image
 	plainRef, ref string
+	pause         string   // a plain sandbox image
 	want          kit.Tree // the image's content
 	writes        string   // what writesScript printed on overlayfs
 	written       kit.Tree // and what it made of /odd
@@ -42,8 +44,10 @@ func TestMainImage(t *testing.T) {
 	j.plain, j.nydus = kit.MainImage(t, kit.NydusOptions{})
 	j.plainRef, j.ref = j.registry.MustPush(t, j.plain, "main:plain"), j.registry.MustPush(t, j.nydus, "main:nydus")
 	j.want = tree(t, j.plain)
+	j.pause = j.registry.MustPush(t, kit.SmallImage(t, "pause"), "pause:plain")
 	t.Run("overlayfs", j.measureOverlayfs)
 	eachStyle(t, j.run)
+	t.Run("pods", func(t *testing.T) { eachStyle(t, j.pod) })
 }
 
 // measureOverlayfs runs the plain image on overlayfs: what the rest is compared with.
@@ -86,7 +90,7 @@ func (j *mainJob) run(t *testing.T, s style) {
 		t.Errorf("starting the program fetched %d of %d bytes: that is no loading on demand", got, whole)
 	}
 	kit.EqualTrees(t, "the container's view", j.want, kit.MustWalk(t, c.Root()))
-	j.checkFlags(t, c)
+	j.checkFlags(t, c.Rootfs(), c.Root())
 
 	if out := exec(t, c, "/usr/bin/bash", "-c", writesScript); out != j.writes {
 		t.Errorf("changing files answered otherwise than on overlayfs:\n%s", firstDifference(j.writes, out))
@@ -101,15 +105,77 @@ func (j *mainJob) run(t *testing.T, s style) {
 	wantDaemons(t, n, 0, soon)
 }
 
-// checkFlags compares the root filesystem's mount flags with those on overlayfs.
-func (j *mainJob) checkFlags(t *testing.T, c *kit.Container) {
+// pod is run as kubelet does it.
+func (j *mainJob) pod(t *testing.T, s style) {
+	if j.committed == nil {
+		t.Fatal("nothing to compare with: overlayfs failed")
+	}
+	n := s.node(t, kit.NodeConfig{CRI: true, SandboxImage: j.pause})
+	j.registry.ResetRequests()
+	if err := n.CRIPull(t.Context(), j.ref, "", ""); err != nil {
+		t.Fatal(err)
+	}
+	pulledWithoutData(t, j.registry, j.nydus)
+	pod := runPod(t, n, "main")
+	p := &pods{registry: j.registry, app: j.nydus, ref: j.ref}
+	c := p.create(t, n, pod, "main", "")
+	p.start(t, n, pod, &c)
+	pid, err := pod.PID(t.Context(), c.id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := fmt.Sprintf("/proc/%d/root", pid)
+	got := kit.MustWalk(t, root)
+	leaveOutCRI(t, j.want, got)
+	kit.EqualTrees(t, "the container's view", j.want, got)
+	j.checkFlags(t, filepath.Join(n.Dir(), "state/io.containerd.runtime.v2.task/k8s.io", c.id, "rootfs"), root)
+
+	podExec(t, pod, c.id, "ready\n", append([]string{"/usr/bin/env", "PYTHONDONTWRITEBYTECODE=1"}, kit.MainCommand...)...)
+	// CRI tells the two outputs apart.
+	out, code, err := pod.Exec(t.Context(), c.id, "/usr/bin/bash", "-c", `exec /usr/bin/bash -c "$0" 2>&1`, writesScript)
+	if err != nil || code != 0 || out != j.writes {
+		t.Errorf("changing files answered otherwise than on overlayfs (code %d, %v):\n%s", code, err, firstDifference(j.writes, out))
+	}
+	kit.EqualTrees(t, "/odd after changing it", j.written, kit.MustWalk(t, root+"/odd"))
+	if err := pod.Remove(t.Context()); err != nil {
+		t.Error(err)
+	}
+	wantDaemons(t, n, 0, soon)
+}
+
+// criMounts are the places where CRI mounts something of its own in a container.
+var criMounts = []string{"dev", "etc/hostname", "etc/hosts", "etc/resolv.conf", "proc", "sys"}
+
+// leaveOutCRI checks that CRI put into a container what it always does and nothing
+// else, and takes it out of got: the mounts, which hide what the image has there, and
+// the time of /etc, where runc makes mountpoints.
+func leaveOutCRI(t *testing.T, want, got kit.Tree) {
 	t.Helper()
-	for _, path := range []string{c.Rootfs(), c.Root()} {
+	var mounts []string
+	for path, e := range got {
+		if e.Type == "mount" {
+			mounts = append(mounts, path)
+		}
+	}
+	slices.Sort(mounts)
+	if !slices.Equal(mounts, criMounts) {
+		t.Errorf("in the container %q are mounted, want %q", mounts, criMounts)
+	}
+	etc := got["etc"]
+	etc.Mtime = want["etc"].Mtime
+	got["etc"] = etc
+}
+
+// checkFlags compares the mount flags of a container's root filesystem, in its bundle
+// and as its processes see it, with those on overlayfs.
+func (j *mainJob) checkFlags(t *testing.T, rootfs, root string) {
+	t.Helper()
+	for _, path := range []string{rootfs, root} {
 		flags, super, err := kit.MountFlags(path)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if path == c.Rootfs() && flags != j.mountFlags {
+		if path == rootfs && flags != j.mountFlags {
 			t.Errorf("the root filesystem is mounted %s, on overlayfs %s", flags, j.mountFlags)
 		}
 		for _, f := range strings.Split(flags+","+super, ",") {
@@ -180,7 +246,7 @@ func (j *mainJob) commit(t *testing.T, n *kit.Node, c *kit.Container, base conta
 	forget(t, n, first)
 	c = run(t, n, pull(t, n, second), "committed-again", kit.RunOptions{})
 	kit.EqualTrees(t, "/odd in the image committed on top of it", written, kit.MustWalk(t, c.Root()+"/odd"))
-	j.checkFlags(t, c)
+	j.checkFlags(t, c.Rootfs(), c.Root())
 	remove(t, c)
 }
 
