@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	_ "embed"
+	"encoding/binary"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -325,6 +326,32 @@ func mountImage(t *testing.T, n *kit.Node, s style, img containerd.Image, target
 		}
 		ctr("snapshots", "--snapshotter", "nydus", "rm", "temporary")
 	}
+}
+
+// TestVersion5 runs an image of RAFS version 5, which registries still hold.
+func TestVersion5(t *testing.T) {
+	r := kit.NewRegistry(t, kit.RegistryOptions{})
+	plain := kit.SmallImage(t, "old")
+	nydus := plain.MustNydus(t, kit.NydusOptions{Version: "5"})
+	if boot, err := nydus.BootstrapBytes(); err != nil || binary.LittleEndian.Uint32(boot) != 0x52414653 {
+		t.Fatalf("the converter made no bootstrap of version 5 (%v)", err)
+	}
+	ref := r.MustPush(t, nydus, "old:v5")
+	want := tree(t, plain)
+	eachStyle(t, func(t *testing.T, s style) {
+		n := s.node(t, kit.NodeConfig{})
+		r.ResetRequests()
+		img := pull(t, n, ref)
+		pulledWithoutData(t, r, nydus)
+		c := run(t, n, img, "old", kit.RunOptions{})
+		imageMounts(t, 1)
+		kit.EqualTrees(t, "the container's view", want, kit.MustWalk(t, c.Root()))
+		if out := exec(t, c, "busybox", "sh", "-c", "rm /data && echo new > /name && cat /name"); out != "new\n" {
+			t.Errorf("writing to it answered %q", out)
+		}
+		remove(t, c)
+		wantDaemons(t, n, 0, soon)
+	})
 }
 
 // TestProbeImage runs what only a correctly mounted root filesystem lets run.

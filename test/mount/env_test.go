@@ -208,9 +208,10 @@ func (b *logBook) String() string {
 // fixture is a converted image: its bootstrap and a directory of its blobs.
 type fixture struct {
 	*kit.Image
-	boot  []byte
-	blobs string
-	tree  kit.Tree
+	boot    []byte
+	blobs   string
+	tree    kit.Tree
+	version string // RAFS version; v6 if empty
 }
 
 // lasting gives the kit directories that live as long as the whole run.
@@ -230,13 +231,13 @@ func (l lasting) TempDir() string {
 // fixtures are made once, by the first test that wants them.
 var fixtures sync.Map
 
-func makeFixture(t *testing.T, name string, build func(kit.TB) *kit.Image) *fixture {
+func makeFixture(t *testing.T, name string, opts kit.NydusOptions, build func(kit.TB) *kit.Image) *fixture {
 	t.Helper()
 	if f, ok := fixtures.Load(name); ok {
 		return f.(*fixture)
 	}
 	tb := lasting{t, filepath.Join(kit.Scratch(), "images", name), new(int)}
-	f := &fixture{Image: build(tb).MustNydus(tb, kit.NydusOptions{}), blobs: tb.TempDir()}
+	f := &fixture{Image: build(tb).MustNydus(tb, opts), blobs: tb.TempDir()}
 	var err error
 	f.boot, err = f.BootstrapBytes()
 	must(t, err)
@@ -247,6 +248,9 @@ func makeFixture(t *testing.T, name string, build func(kit.TB) *kit.Image) *fixt
 			must(t, os.Link(l.Path, filepath.Join(f.blobs, l.Desc.Digest.Encoded())))
 		}
 	}
+	if opts.Version != "" {
+		f.version = "v" + opts.Version
+	}
 	fixtures.Store(name, f)
 	return f
 }
@@ -254,15 +258,23 @@ func makeFixture(t *testing.T, name string, build func(kit.TB) *kit.Image) *fixt
 // small is an image of busybox and a few files.
 func small(t *testing.T, name string) *fixture {
 	t.Helper()
-	return makeFixture(t, name, func(tb kit.TB) *kit.Image { return kit.SmallImage(tb, name) })
+	return makeFixture(t, name, kit.NydusOptions{}, func(tb kit.TB) *kit.Image { return kit.SmallImage(tb, name) })
 }
 
 // odd is an image of everything that a file system can get wrong.
 func odd(t *testing.T) *fixture {
 	t.Helper()
-	return makeFixture(t, "odd", func(tb kit.TB) *kit.Image {
-		return kit.MustBuildImage(tb, kit.Pause, kit.BusyboxLayer(kit.MustTools(tb)), kit.OddLower(), kit.OddUpper())
-	})
+	return makeFixture(t, "odd", kit.NydusOptions{}, oddImage)
+}
+
+// oddV5 is the same in RAFS version 5.
+func oddV5(t *testing.T) *fixture {
+	t.Helper()
+	return makeFixture(t, "odd-v5", kit.NydusOptions{Version: "5"}, oddImage)
+}
+
+func oddImage(tb kit.TB) *kit.Image {
+	return kit.MustBuildImage(tb, kit.Pause, kit.BusyboxLayer(kit.MustTools(tb)), kit.OddLower(), kit.OddUpper())
 }
 
 // snapshot makes a directory as containerd's snapshots have them.
@@ -300,6 +312,9 @@ func (e *env) spec(f *fixture) *mountspec.Spec {
 	config, err := nydusd.Config{Backend: nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: f.blobs}, CacheDir: s.CacheDir}.JSON()
 	must(e.t, err)
 	s.Config = config
+	if f.version != "" {
+		s.FSVersion = f.version
+	}
 	s.Instance = mountspec.InstanceKey(s.BootstrapDigest, s.Host, s.Repository, s.CacheDir)
 	return s
 }

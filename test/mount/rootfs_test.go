@@ -1,6 +1,7 @@
 package mount_test
 
 import (
+	"encoding/binary"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -20,6 +21,21 @@ func TestRootfsShowsTheImage(t *testing.T) {
 	target := e.mustMount(e.spec(img))
 	e.holds(img, target)
 	e.unmount(target)
+}
+
+func TestRootfsOfRAFSVersion5(t *testing.T) {
+	e := newEnv(t)
+	img := oddV5(t)
+	if magic := binary.LittleEndian.Uint32(img.boot); magic != 0x52414653 {
+		t.Fatalf("the bootstrap begins with %#x: it is none of version 5", magic)
+	}
+	s := e.spec(img)
+	target := e.mustMount(s)
+	e.holds(img, target)
+	must(t, os.WriteFile(filepath.Join(target, "new"), nil, 0o600))
+	must(t, os.RemoveAll(filepath.Join(target, "odd", "names")))
+	e.unmount(target)
+	e.holds(img, e.mustMount(e.another(s)))
 }
 
 func TestRootfsIsWritable(t *testing.T) {
