@@ -2,12 +2,16 @@ package mount_test
 
 import (
 	"bytes"
+	"crypto/aes"
+	"crypto/cipher"
 	"encoding/base64"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -34,7 +38,7 @@ type failure struct {
 	want     []string
 	within   time.Duration // startTimeout + slack if zero
 	mounts   bool          // other mounts and daemons are there, and stay
-	instance bool          // an idle instance is there, and stays
+	instance bool          // an instance is there, idle, and stays
 }
 
 // fails checks that a mount failed, that its text says what is wanted, and that
@@ -58,7 +62,11 @@ func (e *env) fails(r result, f failure) {
 	if r.took > f.within {
 		e.t.Errorf("failed after %v, want at most %v", r.took, f.within)
 	}
-	if f.mounts || f.instance {
+	if f.mounts {
+		return
+	}
+	if f.instance {
+		e.idle()
 		return
 	}
 	if left := mounted(e.t, e.root); len(left) > 0 {
@@ -68,6 +76,25 @@ func (e *env) fails(r result, f failure) {
 		e.t.Errorf("instances are left: %v, %v", keys, err)
 	}
 	e.daemons(0)
+}
+
+// idle checks that of the one instance nothing is mounted and running but its
+// current generation, if it has one.
+func (e *env) idle() {
+	e.t.Helper()
+	var want []string
+	g := e.record().Current
+	if g != nil {
+		want = []string{g.Mountpoint}
+	}
+	for _, p := range e.daemons(len(want)) {
+		if p.PID != g.PID {
+			e.t.Errorf("nydusd %d runs, the instance's is %d", p.PID, g.PID)
+		}
+	}
+	if left := mounted(e.t, e.root); !slices.Equal(left, want) {
+		e.t.Errorf("mounted: %v, want %v", left, want)
+	}
 }
 
 // tampered returns the option with a piece of its JSON text replaced, as
@@ -137,18 +164,84 @@ func TestBadOption(t *testing.T) {
 	e.unmount(target)
 }
 
+// resealed returns the option with a piece of its JSON text replaced, as somebody
+// would who holds the key and does not care what makes sense.
+func (e *env) resealed(s *mountspec.Spec, old, replacement string) string {
+	e.t.Helper()
+	text, err := base64.StdEncoding.DecodeString(strings.TrimPrefix(e.tampered(s, old, replacement), "extraoption="))
+	must(e.t, err)
+	before, seal, ok := strings.Cut(string(text), `"sealed":`)
+	if !ok {
+		e.t.Fatalf("the option has no seal: %s", text)
+	}
+	after := strings.TrimLeft(seal[1:], "+/=ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789")[1:]
+	block, err := aes.NewCipher(e.key[:])
+	must(e.t, err)
+	aead, err := cipher.NewGCM(block)
+	must(e.t, err)
+	nonce := make([]byte, aead.NonceSize()) // used once with this key
+	sealed := aead.Seal(nonce, nonce, nil, []byte(before+`"sealed":null`+after))
+	return "extraoption=" + base64.StdEncoding.EncodeToString(fmt.Appendf(nil, `%s"sealed":%q%s`, before, base64.StdEncoding.EncodeToString(sealed), after))
+}
+
 func TestPathOutsideTheRoot(t *testing.T) {
 	e := newEnv(t)
-	s := e.spec(small(t, "one"))
-	s.Bootstrap = "/etc/image.boot"
-	if _, err := mountspec.Encode(s, e.key); err == nil || !strings.Contains(err.Error(), `path "/etc/image.boot" is outside the snapshotter's root`) {
-		t.Errorf("seal a path outside of the root: %v", err)
+	img := small(t, "one")
+	for _, path := range []string{"/etc/image.boot", e.root + "/../etc/image.boot"} {
+		s := e.spec(img)
+		s.Bootstrap = path
+		if _, err := mountspec.Encode(s, e.key); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("path %q is outside the snapshotter's root", path)) {
+			t.Errorf("seal a path outside of the root: %v", err)
+		}
 	}
-	s = e.spec(small(t, "one"))
-	s.Bootstrap = e.root + "/../etc/image.boot"
-	if _, err := mountspec.Encode(s, e.key); err == nil || !strings.Contains(err.Error(), "is outside the snapshotter's root") {
-		t.Errorf("seal a path outside of the root: %v", err)
+
+	// Sealed all the same. The files are there: only the path is wrong.
+	s := e.spec(img)
+	s.Lower = []string{e.root + "/lower"}
+	outside := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(outside, "image.boot"), img.boot, 0o644))
+	for _, dir := range []string{"fs", "work", "cache", "lower"} {
+		must(t, os.Mkdir(filepath.Join(outside, dir), 0o755))
 	}
+	before := kit.MustWalk(t, outside)
+	for name, c := range map[string]struct{ old, member, path string }{
+		"bootstrap":          {s.Bootstrap, "source", filepath.Join(outside, "image.boot")},
+		"bootstrap with ..":  {s.Bootstrap, "source", e.root + "/../" + filepath.Base(outside) + "/image.boot"},
+		"snapshot directory": {s.SnapshotDir, "snapshotdir", outside},
+		"cache directory":    {s.CacheDir, "cache_dir", filepath.Join(outside, "cache")},
+		"root's neighbour":   {s.CacheDir, "cache_dir", e.root + "-cache"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := e.in(t)
+			option := e.resealed(s, fmt.Sprintf("%q:%q", c.member, c.old), fmt.Sprintf("%q:%q", c.member, c.path))
+			e.refusedOutside(s, option, c.path)
+		})
+	}
+	t.Run("lower directory", func(t *testing.T) {
+		e := e.in(t)
+		lower := filepath.Join(outside, "lower")
+		e.refusedOutside(s, e.resealed(s, fmt.Sprintf("%q:[%q]", "lower", s.Lower[0]), fmt.Sprintf("%q:[%q]", "lower", lower)), lower)
+	})
+	kit.EqualTrees(t, "the directory outside of the root", before, kit.MustWalk(t, outside))
+
+	// The seal is good: with a path beneath the root the option is taken.
+	s.Lower = nil
+	dir := e.snapshot()
+	target := e.target()
+	e.ok(e.run("nydus-overlayfs", dir, target, "-o", e.resealed(s, fmt.Sprintf("%q:%q", "snapshotdir", s.SnapshotDir), fmt.Sprintf("%q:%q", "snapshotdir", dir))))
+	e.holds(img, target)
+	e.unmount(target)
+}
+
+// refusedOutside checks that the helper takes no option with a path outside of the
+// root, whoever sealed it.
+func (e *env) refusedOutside(s *mountspec.Spec, option, path string) {
+	e.t.Helper()
+	target := e.target()
+	r := e.run(e.tools.MountFuse, s.SnapshotDir, target, "-o", option, "-t", "nydus-overlayfs")
+	e.fails(r, failure{code: exitFailure, within: atOnce, want: []string{
+		"mount " + target, "option is invalid", fmt.Sprintf("path %q is outside the snapshotter's root %q", path, e.root),
+	}})
 }
 
 func TestBadBootstrap(t *testing.T) {
@@ -158,7 +251,7 @@ func TestBadBootstrap(t *testing.T) {
 	write := func(data []byte) func(string) error {
 		return func(path string) error { return os.WriteFile(path, data, 0o644) }
 	}
-	half := img.boot[:len(img.boot)/2]
+	half, blocks := img.boot[:len(img.boot)/2-1], img.boot[:len(img.boot)/2&^4095]
 	changed := bytes.Clone(img.boot)
 	changed[len(changed)-1] ^= 1
 	for name, c := range map[string]struct {
@@ -168,7 +261,8 @@ func TestBadBootstrap(t *testing.T) {
 		"missing": {func(string) error { return nil }, "no such file or directory"},
 		"empty":   {write(nil), "empty"},
 		"text":    {write(noise), "RAFS"},
-		"half":    {write(half), ""},
+		"half":    {write(half), fmt.Sprintf("bootstrap is truncated: %d bytes", len(half))},
+		"blocks":  {write(blocks), "bootstrap is truncated"},
 		"symbolic link": {func(path string) error {
 			must(t, os.WriteFile(path+".real", img.boot, 0o644))
 			return os.Symlink(path+".real", path)
@@ -253,8 +347,19 @@ func TestDamagedMetadata(t *testing.T) {
 			r := e.mount(s, target)
 			if r.code == 0 {
 				// It mounts: what is read through it is an error, not a hang.
-				_, err := os.ReadDir(filepath.Join(target, "etc"))
-				t.Logf("mounted; a read says %v", err)
+				read := make(chan error, 1)
+				go func() {
+					_, err := os.ReadDir(filepath.Join(target, "etc"))
+					read <- err
+				}()
+				select {
+				case err := <-read:
+					if !errors.Is(err, unix.EIO) && !errors.Is(err, unix.EINVAL) {
+						t.Errorf("a read says %v, want an input/output error", err)
+					}
+				case <-time.After(soon):
+					t.Error("a read hangs")
+				}
 				e.unmount(target)
 				must(t, e.tidy(soon))
 				return
@@ -342,14 +447,14 @@ func TestBadOverlay(t *testing.T) {
 	s := e.spec(img)
 	must(t, os.RemoveAll(s.Upper()))
 	e.fails(e.mount(s, e.target()), failure{code: exitFailure, want: []string{"mount overlay", "no such file or directory"}, instance: true})
+	e.daemons(0) // what was started for it goes with it
 	must(t, e.tidy(soon))
-	e.daemons(0)
 
 	s = e.spec(img)
 	s.OverlayOptions = []string{"no_such_option=1"}
 	e.fails(e.mount(s, e.target()), failure{code: exitFailure, want: []string{"mount overlay", "invalid argument", "dmesg"}, instance: true})
+	e.daemons(0) // what was started for it goes with it
 	must(t, e.tidy(soon))
-	e.daemons(0)
 
 	// An instance that others use stays as it is.
 	other := e.mustMount(e.spec(img))
