@@ -1,12 +1,13 @@
 package mount_test
 
 import (
+	"bytes"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -36,11 +37,15 @@ func (e *env) cacheOf(pid int) string {
 	return ""
 }
 
+// Versions before and after nydusd learned to share a cache directory.
+const oldVersion, newVersion = "2.2.0", "2.4.0"
+
 // An older nydusd destroys the cache directory that it shares with another.
 func TestOldDaemonsDoNotShareACache(t *testing.T) {
 	e := newEnv(t)
 	img := small(t, "one")
 	s := e.spec(img)
+	s.Daemon.Path = e.versioned(oldVersion)
 	first := e.mustMount(s)
 	e.holds(img, first)
 	pid := e.daemons(1)[0].PID
@@ -65,35 +70,69 @@ func TestOldDaemonsDoNotShareACache(t *testing.T) {
 	e.unmount(second)
 }
 
+// A newer one shares it.
+func TestNewDaemonsShareACache(t *testing.T) {
+	e := newEnv(t)
+	img := small(t, "one")
+	s := e.spec(img)
+	s.Daemon.Path = e.versioned(newVersion)
+	first := e.mustMount(s)
+	e.holds(img, first)
+
+	// Nothing is read through both: the real nydusd may be older than it says.
+	must(t, rootfs.Detach(e.record().Current.Mountpoint))
+	second := e.mustMount(e.another(s))
+	for _, p := range e.daemons(2) {
+		e.checkDescriptors(p.PID, s.Instance, false)
+	}
+	configs, err := filepath.Glob(filepath.Join(runDir, "i", s.Instance, "g*", "config.json"))
+	if err != nil || len(configs) != 2 {
+		t.Fatalf("the daemons' configurations: %v, %v; want two", configs, err)
+	}
+	for _, path := range configs {
+		text, err := os.ReadFile(path)
+		if err != nil || !strings.Contains(string(text), strconv.Quote(s.CacheDir)) {
+			t.Errorf("%s does not name the cache directory %s: %s, %v", path, s.CacheDir, text, err)
+		}
+	}
+	if private := filepath.Join(s.CacheDir, "private"); exists(private) {
+		t.Errorf("%s was made", private)
+	}
+	if blobs, err := filepath.Glob(filepath.Join(s.CacheDir, "*.blob.data")); err != nil || len(blobs) == 0 {
+		t.Errorf("the cache directory holds no blobs: %v", err)
+	}
+	e.unmount(first)
+	e.unmount(second)
+}
+
 // A daemon that ends soon keeps its cache for its successor, who waits for that.
 func TestSuccessorUsesTheCache(t *testing.T) {
 	e := newEnv(t)
 	img := small(t, "one")
 	s := e.spec(img)
+	s.Daemon.Path = e.versioned(oldVersion)
 	target := e.mustMount(s)
 	e.holds(img, target)
 	open, err := os.Open(filepath.Join(target, "name"))
 	must(t, err)
 	defer open.Close()
-	must(t, rootfs.Detach(e.record().Current.Mountpoint))
+	before := e.record().Current
+	must(t, rootfs.Detach(before.Mountpoint))
 	must(t, rootfs.Detach(target))
 
 	again := e.target()
 	cmd := e.command(t.Context(), "nydus-overlayfs", s.SnapshotDir, again, "-o", e.option(e.another(s)))
-	done := make(chan result, 1)
-	go func() {
-		out, _ := cmd.CombinedOutput()
-		done <- result{out: string(out), code: cmd.ProcessState.ExitCode()}
-	}()
-	must(t, e.locked(s.Instance))
-	select {
-	case r := <-done:
-		t.Errorf("the successor did not wait for the file that is open: %+v", r)
-		done <- r
-	case <-time.After(300 * time.Millisecond):
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	must(t, cmd.Start())
+	// The file that is open keeps the first one alive.
+	if err := waitsFor(cmd.Process.Pid, before.PID); err != nil {
+		t.Error(err)
 	}
 	must(t, open.Close())
-	e.ok(<-done)
+	if err := cmd.Wait(); err != nil || out.Len() > 0 {
+		t.Fatalf("the successor: %v: %s", err, &out)
+	}
 	pid := e.daemons(1)[0].PID
 	if got := filepath.Base(e.cacheOf(pid)); got != s.Instance+".0" || len(e.cacheDirs(s.CacheDir)) != 1 {
 		t.Errorf("the successor uses %s of %v, want that of its predecessor alone", got, e.cacheDirs(s.CacheDir))
@@ -108,6 +147,7 @@ func TestHungPredecessorIsEnded(t *testing.T) {
 	e := newEnv(t)
 	img := small(t, "one")
 	s := e.spec(img)
+	s.Daemon.Path = e.versioned(oldVersion)
 	target := e.mustMount(s)
 	g := e.record().Current
 	must(t, unix.Kill(g.PID, unix.SIGSTOP))

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
 
@@ -148,7 +149,9 @@ func TestDaemonHoldsNothingOfItsStarter(t *testing.T) {
 	}
 
 	pid := e.daemons(1)[0].PID
-	e.checkDescriptors(pid, s.Instance)
+	shares, err := nydusd.SharesCache(t.Context(), s.Daemon.Path)
+	must(t, err)
+	e.checkDescriptors(pid, s.Instance, !shares)
 	env := strings.Split(strings.TrimRight(proc(pid, "environ"), "\x00"), "\x00")
 	wantEnv := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HTTPS_PROXY=http://proxy.test:3128"}
 	if fmt.Sprint(env) != fmt.Sprint(wantEnv) {
@@ -168,9 +171,9 @@ func TestDaemonHoldsNothingOfItsStarter(t *testing.T) {
 	e.unmount(target)
 }
 
-// checkDescriptors allows the null device, the log, the cache lock, and what
-// nydusd opens itself.
-func (e *env) checkDescriptors(pid int, key string) {
+// checkDescriptors allows the null device, the log, what nydusd opens itself, and
+// the lock of a cache directory of its own, which it must have then.
+func (e *env) checkDescriptors(pid int, key string, private bool) {
 	e.t.Helper()
 	dir := fmt.Sprintf("/proc/%d/fd", pid)
 	fds, err := os.ReadDir(dir)
@@ -195,8 +198,8 @@ func (e *env) checkDescriptors(pid int, key string) {
 			e.t.Errorf("descriptor %s of nydusd is %s", fd.Name(), to)
 		}
 	}
-	if !lock {
-		e.t.Error("nydusd does not hold its cache directory's lock")
+	if lock != private {
+		e.t.Errorf("nydusd holds a cache directory's lock: %v, want %v", lock, private)
 	}
 }
 

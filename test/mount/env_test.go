@@ -490,8 +490,19 @@ func (e *env) record() *instance.Record {
 // the signal mask as it is.
 func (e *env) wrapper(body string) string {
 	e.t.Helper()
+	return e.script(`exec "$REAL" --version`, body)
+}
+
+// versioned is the real nydusd under another version.
+func (e *env) versioned(version string) string {
+	e.t.Helper()
+	return e.script("exec echo 'Version: v"+version+"'", `exec "$REAL" "$@"`)
+}
+
+func (e *env) script(version, body string) string {
+	e.t.Helper()
 	path := filepath.Join(e.t.TempDir(), "nydusd")
-	text := fmt.Sprintf("#!/bin/bash\nREAL='%s'\n[ \"$1\" = --version ] && exec \"$REAL\" --version\n%s\n", e.tools.Nydusd, body)
+	text := fmt.Sprintf("#!/bin/bash\nREAL='%s'\n[ \"$1\" = --version ] && %s\n%s\n", e.tools.Nydusd, version, body)
 	must(e.t, os.WriteFile(path, []byte(text), 0o755))
 	return path
 }
@@ -525,22 +536,33 @@ func must(t *testing.T, err error) {
 
 func itoa(n int) string { return strconv.Itoa(n) }
 
-// locked waits until somebody holds an instance's lock.
-func (e *env) locked(key string) error {
-	path := filepath.Join(runDir, "i", key, "lock")
+// waitsFor waits until a program waits for a process: it holds a pidfd of that
+// process, and one of its threads is in poll(2).
+func waitsFor(program, process int) error {
 	deadline := time.Now().Add(soon)
-	tick := time.NewTicker(time.Millisecond) // a lock makes no event
+	tick := time.NewTicker(time.Millisecond) // it makes no event
 	defer tick.Stop()
 	for ; time.Now().Before(deadline); <-tick.C {
-		f, err := os.Open(path)
-		if err != nil {
-			continue
-		}
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
+		if hasPidfd(program, process) && polls(program) {
 			return nil
 		}
 	}
-	return fmt.Errorf("nobody locks %s", path)
+	return fmt.Errorf("process %d does not wait for %d", program, process)
+}
+
+func hasPidfd(program, process int) bool {
+	files, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fdinfo/*", program))
+	return slices.ContainsFunc(files, func(file string) bool {
+		text, _ := os.ReadFile(file)
+		return strings.Contains(string(text), fmt.Sprintf("\nPid:\t%d\n", process))
+	})
+}
+
+func polls(program int) bool {
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/syscall", program))
+	return slices.ContainsFunc(threads, func(file string) bool {
+		text, _ := os.ReadFile(file)
+		number, _, _ := strings.Cut(string(text), " ")
+		return number == itoa(unix.SYS_POLL) || number == itoa(unix.SYS_PPOLL)
+	})
 }
