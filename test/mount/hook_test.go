@@ -1,8 +1,12 @@
 package mount_test
 
 import (
+	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	runc "github.com/containerd/go-runc"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -20,7 +25,7 @@ import (
 // hookTimeout is what the bundles' hooks are given.
 const hookTimeout = time.Second
 
-// bundle is an OCI bundle for plain runc, with our hooks.
+// bundle is an OCI bundle for runc, with our hooks.
 type bundle struct {
 	*env
 	dir, rootfs, id string
@@ -60,20 +65,43 @@ func (e *env) bundle(args ...string) *bundle {
 	return b
 }
 
-// runc runs runc with state of its own; what it keeps in /run goes with the test.
-func (b *bundle) runc(args ...string) result {
+// start runs the bundle's container to its end, as container managers call runc:
+// until all who hold its output have closed it. What runc keeps in /run goes with the
+// test.
+func (b *bundle) start() result {
 	b.t.Helper()
-	state := kit.RunRoot + "/runc"
+	r := runc.Runc{Command: b.tools.Runc, Root: kit.RunRoot + "/runc"}
 	b.t.Cleanup(func() {
-		must(b.t, os.RemoveAll(state))
+		must(b.t, os.RemoveAll(r.Root))
 		for _, dir := range cgroups(kit.CgroupRoot() + "/runc") {
 			must(b.t, os.Remove(dir))
 		}
 	})
-	return b.run(b.tools.Runc, append([]string{"--root", state}, args...)...)
+	ctx, cancel := context.WithTimeout(b.t.Context(), 30*time.Second)
+	defer cancel()
+	var out output
+	started := time.Now()
+	code, err := r.Run(ctx, b.id, b.dir, &runc.CreateOpts{IO: &out})
+	if ctx.Err() != nil {
+		b.t.Fatalf("runc did not end, or somebody keeps its output open: %v\n%s", ctx.Err(), &out.text)
+	}
+	var exit *runc.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		b.t.Fatalf("runc: %v", err)
+	}
+	return result{out.text.String(), code, time.Since(started)}
 }
 
-func (b *bundle) start() result { b.t.Helper(); return b.runc("run", "-b", b.dir, b.id) }
+// output collects what a container and runc itself write.
+type output struct{ text bytes.Buffer }
+
+func (o *output) Set(cmd *exec.Cmd) {
+	cmd.Stdout, cmd.Stderr, cmd.WaitDelay = &o.text, &o.text, 2*time.Second
+}
+func (o *output) Stdin() io.WriteCloser { return nil }
+func (o *output) Stdout() io.ReadCloser { return nil }
+func (o *output) Stderr() io.ReadCloser { return nil }
+func (o *output) Close() error          { return nil }
 
 // mountOn mounts the image as the bundle's root filesystem.
 func (b *bundle) mountOn(r result) {
