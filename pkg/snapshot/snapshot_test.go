@@ -437,11 +437,22 @@ func TestRemoveAndCleanup(t *testing.T) {
 	if _, err := os.Stat(link); err != nil {
 		t.Fatalf("the instance's link went: %v", err)
 	}
-	// What a crash leaves between database and directory.
-	must(t, os.MkdirAll(filepath.Join(n.root, "snapshots", "new-123", "fs"), 0o700))
+	// What a crash leaves between database and directory, and what is in use.
+	chain := n.pull(n.data(), n.bootstrap("v6-merged"))
+	mounts, _ = n.container(chain)
+	s = n.decode(mounts[0])
+	want, err := os.ReadDir(filepath.Join(n.root, "snapshots"))
+	must(t, err)
+	for _, orphan := range []string{"new-123", "4711"} {
+		place(t, filepath.Join(n.root, "snapshots", orphan, "fs", "file"), []byte("orphan"))
+	}
 	must(t, n.sn.Cleanup(n.ctx))
-	if left, _ := os.ReadDir(filepath.Join(n.root, "snapshots")); len(left) > 0 {
-		t.Fatalf("left: %v", left)
+	left, err := os.ReadDir(filepath.Join(n.root, "snapshots"))
+	if err != nil || fmt.Sprint(left) != fmt.Sprint(want) {
+		t.Fatalf("left: %v, %v; want %v", left, err, want)
+	}
+	if _, err := os.Stat(s.Bootstrap); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -452,6 +463,21 @@ func TestUsageUpdateAndWalkOverGRPC(t *testing.T) {
 	usage, err := n.top.Usage(n.ctx, chain)
 	if size := int64(len(bootstrap(t, "v6-merged"))); err != nil || usage.Size < size || usage.Inodes < 3 {
 		t.Errorf("usage %+v, %v", usage, err)
+	}
+	// Of a container it is what it wrote, and grows with that.
+	mounts, err := n.top.Mounts(n.ctx, key)
+	must(t, err)
+	upper := n.decode(mounts[0]).Upper()
+	for i, c := range []struct {
+		sn  snapshots.Snapshotter
+		key string
+	}{{n.top, key}, {proxied(t, n.sn), n.backendName(key)}} {
+		place(t, filepath.Join(upper, fmt.Sprint("written", i)), make([]byte, 3<<20))
+		size := int64(i+1) * 3 << 20
+		usage, err = c.sn.Usage(n.ctx, c.key)
+		if err != nil || usage.Size < size || usage.Size > size+64<<10 || usage.Inodes != int64(2+i) {
+			t.Errorf("usage of a container that wrote %d bytes in %d files: %+v, %v", size, i+1, usage, err)
+		}
 	}
 	if _, err := n.top.Update(n.ctx, snapshots.Info{Name: key, Labels: map[string]string{"containerd.io/snapshot/x": "y"}}, "labels.containerd.io/snapshot/x"); err != nil {
 		t.Error(err)
@@ -473,6 +499,29 @@ func TestUsageUpdateAndWalkOverGRPC(t *testing.T) {
 			}
 		}
 	}
+	// One of several is enough, and what meets two comes once.
+	several := []string{"kind==active", `labels."containerd.io/snapshot/x"==y`, `labels."` + labelData + `"==true`, "kind==view"}
+	for name, sn := range map[string]snapshots.Snapshotter{"containerd": n.top, "backend": proxied(t, n.sn)} {
+		var got []snapshots.Kind
+		err := sn.Walk(n.ctx, func(_ context.Context, i snapshots.Info) error { got = append(got, i.Kind); return nil }, several...)
+		slices.Sort(got)
+		if want := []snapshots.Kind{snapshots.KindActive, snapshots.KindCommitted}; err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s, filters %q: got %v, %v, want %v", name, several, got, err, want)
+		}
+	}
+}
+
+// backendName is a snapshot's name below containerd's metadata.
+func (n *node) backendName(key string) string {
+	n.t.Helper()
+	var name string
+	must(n.t, n.sn.Walk(n.ctx, func(_ context.Context, i snapshots.Info) error {
+		if strings.HasSuffix(i.Name, "/"+key) {
+			name = i.Name
+		}
+		return nil
+	}))
+	return name
 }
 
 func TestCredentials(t *testing.T) {
