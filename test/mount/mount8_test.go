@@ -3,6 +3,7 @@ package mount_test
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -104,17 +105,8 @@ func TestMount8Fstab(t *testing.T) {
 	e.withHelper()
 	img := small(t, "one")
 	target := e.target()
-	line := strings.Join([]string{"none", target, "nydus", e.direct(img) +
-		",ro,nofail,_netdev,noauto,noatime,x-systemd.automount,x-systemd.requires=network-online.target,comment=image,X-mount.mkdir", "0", "0"}, " ")
-	before, err := os.ReadFile("/etc/fstab")
-	if err != nil && !os.IsNotExist(err) {
-		t.Fatal(err)
-	}
-	must(t, os.WriteFile("/etc/fstab", []byte(line+"\n"), 0o644))
-	t.Cleanup(func() {
-		must(t, os.WriteFile("/etc/fstab", before, 0o644))
-		must(t, os.RemoveAll("/run/mount")) // mount(8)'s own notes on x-systemd options
-	})
+	fstab(t, strings.Join([]string{"none", target, "nydus", e.direct(img) +
+		",ro,nofail,_netdev,noauto,noatime,x-systemd.automount,x-systemd.requires=network-online.target,comment=image,X-mount.mkdir", "0", "0"}, " "))
 	e.ok(e.run("mount", target))
 	e.holds(img, target)
 	mount, _, err := kit.MountFlags(target)
@@ -124,6 +116,53 @@ func TestMount8Fstab(t *testing.T) {
 	}
 	e.ok(e.run("umount", target))
 	e.daemons(0)
+}
+
+// The sample as it is, with the files of this node: mounted by mount -a, which
+// finds nothing to do the next time.
+func TestMount8FstabSample(t *testing.T) {
+	e := newEnv(t)
+	e.withHelper()
+	img := small(t, "one")
+	target := e.target()
+	sample, err := os.ReadFile("../../contrib/fstab/fstab")
+	must(t, err)
+	line := string(sample)
+	for _, r := range [][2]string{{"/srv/app", target}, {"bootstrap=/var/lib/images/app.boot,config=/etc/nydus/app.json", e.direct(img)}} {
+		if strings.Count(line, r[0]) != 1 {
+			t.Fatalf("the sample does not have %s once:\n%s", r[0], sample)
+		}
+		line = strings.Replace(line, r[0], r[1], 1)
+	}
+	fstab(t, line)
+	t.Cleanup(func() { _ = rootfs.Detach(target) })
+	e.ok(e.run("mount", "-a"))
+	e.holds(img, target)
+	pid := e.daemons(1)[0].PID
+	before := mounted(t, target)
+	e.ok(e.run("mount", "-a"))
+	if after := mounted(t, target); !slices.Equal(after, before) {
+		t.Errorf("after mount -a again %v are mounted, before %v", after, before)
+	}
+	if now := e.daemons(1)[0].PID; now != pid {
+		t.Errorf("nydusd %d serves, want %d", now, pid)
+	}
+	e.ok(e.run("umount", target))
+	e.daemons(0)
+}
+
+// fstab writes /etc/fstab for the time of the test.
+func fstab(t *testing.T, text string) {
+	t.Helper()
+	before, err := os.ReadFile("/etc/fstab")
+	if err != nil && !os.IsNotExist(err) {
+		t.Fatal(err)
+	}
+	must(t, os.WriteFile("/etc/fstab", []byte(text+"\n"), 0o644))
+	t.Cleanup(func() {
+		must(t, os.WriteFile("/etc/fstab", before, 0o644))
+		must(t, os.RemoveAll("/run/mount")) // mount(8)'s own notes on x-systemd options
+	})
 }
 
 func TestMount8Flags(t *testing.T) {
