@@ -22,6 +22,7 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec/katatest"
 )
 
 const password = "canary-pa55word"
@@ -198,8 +199,17 @@ func TestServePlainForKata(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if spec := decode(t, p, mounts[0]); spec.Credentials != nil || !strings.Contains(spec.Config, secret()) {
+	spec := decode(t, p, mounts[0])
+	if spec.Credentials != nil || !strings.Contains(spec.Config, secret()) {
 		t.Fatalf("got %+v", spec)
+	}
+	var list []katatest.Mount
+	for _, m := range mounts {
+		list = append(list, katatest.Mount{Type: m.Type, Source: m.Source, Options: m.Options})
+	}
+	katatest.Takes(t, "a container", katatest.Volume{Source: spec.Bootstrap, Config: spec.Config, SnapshotDir: spec.SnapshotDir, FSVersion: spec.FSVersion}, list...)
+	if boot := read(t, spec.Bootstrap); boot != bootstrap(t) {
+		t.Error("Kata finds another bootstrap")
 	}
 	noSecret(t, "the log", p.stop())
 }

@@ -28,6 +28,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec/katatest"
 )
 
 const (
@@ -314,6 +315,16 @@ func (n *node) decode(m mount.Mount) *mountspec.Spec {
 		n.t.Fatalf("source %s, snapshot directory %s", m.Source, s.SnapshotDir)
 	}
 	return s
+}
+
+// kataTakes checks that Kata takes the mounts and reads from them what s says.
+func kataTakes(t *testing.T, mounts []mount.Mount, s *mountspec.Spec) {
+	t.Helper()
+	var list []katatest.Mount
+	for _, m := range mounts {
+		list = append(list, katatest.Mount{Type: m.Type, Source: m.Source, Options: m.Options})
+	}
+	katatest.Takes(t, t.Name(), katatest.Volume{Source: s.Bootstrap, Config: s.Config, SnapshotDir: s.SnapshotDir, FSVersion: s.FSVersion}, list...)
 }
 
 // bootstrap returns a real one, by its name in pkg/rafs/testdata.

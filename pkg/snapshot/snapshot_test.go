@@ -66,6 +66,7 @@ func TestHelperMount(t *testing.T) {
 	if !reflect.DeepEqual(s, want) {
 		t.Errorf("got\n%+v\nwant\n%+v", s, want)
 	}
+	kataTakes(t, mounts, want)
 	if strings.Contains(mounts[0].Options[0], canary) || strings.Contains(s.Config, canary) {
 		t.Error("the option tells the password")
 	}
@@ -109,6 +110,7 @@ func TestView(t *testing.T) {
 				s := n.decode(mounts[0])
 				if !managed {
 					kind = mountspec.KindRootfs
+					kataTakes(t, mounts, s)
 				}
 				if s.Kind != kind || !s.ReadOnly || s.Upper() != "" || s.FSVersion != "v5" || len(s.Lower) != len(map[bool][]int{true: {0}}[parent == above]) {
 					t.Errorf("got %+v", s)
