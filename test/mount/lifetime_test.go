@@ -27,14 +27,15 @@ func TestReconcilerReleasesAfterTheLinger(t *testing.T) {
 	pid := e.daemons(1)[0].PID
 	e.unmount(first)
 
-	// Idle for a moment only: as containerd's temporary mounts are.
+	// Idle for a moment only: as containerd's temporary mounts are. A use as short as
+	// the next one the reconciler may miss, and count from here.
+	idleSince := time.Now()
 	e.unmount(second)
 	third := e.mustMount(e.another(s))
 	if now := e.daemons(1)[0].PID; now != pid {
 		t.Errorf("nydusd %d serves, want %d: the instance did not linger", now, pid)
 	}
 
-	idleSince := time.Now()
 	e.unmount(third)
 	must(t, r.idle(soon))
 	if took := time.Since(idleSince); took < linger {
