@@ -188,6 +188,10 @@ func (r *Reconciler) leave(key string, x *mountIndex) (time.Duration, bool) {
 		return 0, false
 	}
 	targets, gone, err := users(dirOf(r.cfg.RunDir, key), rec, x)
+	if len(gone) > 0 {
+		// It was used since the last pass, too shortly to be seen.
+		delete(r.idle, key)
+	}
 	if err != nil || len(gone) > 0 {
 		return 0, false
 	}

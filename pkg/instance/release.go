@@ -228,6 +228,9 @@ func (i *Instance) retire() error {
 			return err
 		}
 	} else {
+		if err := i.settled(g); err != nil {
+			return err
+		}
 		if err := unmount(g.Mountpoint); err != nil {
 			return err
 		}
@@ -253,6 +256,25 @@ func (i *Instance) sweep() error {
 		errs = append(errs, i.write())
 	}
 	return errors.Join(errs...)
+}
+
+// settleWait is how long a daemon that serves may take to be done with its start.
+// It takes milliseconds.
+const settleWait = 2 * time.Second
+
+// settled waits until a generation's daemon is done with its start: after it has
+// mounted it looks at its mountpoint once more (2.3 and newer end when that is
+// gone), and only then listens.
+func (i *Instance) settled(g *Generation) error {
+	if g.Socket == "" || time.Since(g.Started) > settleWait+DefaultStartTimeout {
+		return nil
+	}
+	p, err := nydusd.Find(g.PID, g.StartTime)
+	if err != nil || p == nil {
+		return err
+	}
+	defer p.Close()
+	return p.WaitFile(g.Socket, time.Now().Add(settleWait))
 }
 
 // unmount takes the image off its mountpoint everywhere. A detach reaches all

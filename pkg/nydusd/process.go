@@ -270,6 +270,33 @@ func (p *Process) Abandon() error {
 // whether it has.
 func (p *Process) Wait(deadline time.Time) bool { return p.wait(deadline, -1) }
 
+// WaitFile waits until there is a file, which the process is expected to make, or
+// the process has ended, or deadline has come, which is no error.
+func (p *Process) WaitFile(path string, deadline time.Time) error {
+	watch, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
+	if err == nil {
+		defer unix.Close(watch)
+		_, err = unix.InotifyAddWatch(watch, filepath.Dir(path), unix.IN_CREATE|unix.IN_MOVED_TO)
+	}
+	if err != nil {
+		return fmt.Errorf("watch %s: %w", filepath.Dir(path), err)
+	}
+	buf := make([]byte, 4096)
+	polls := []unix.PollFd{{Fd: int32(p.FD), Events: unix.POLLIN}, {Fd: int32(watch), Events: unix.POLLIN}}
+	for polls[0].Revents == 0 {
+		var st unix.Stat_t
+		left := time.Until(deadline)
+		if err := unix.Lstat(path, &st); err == nil || left <= 0 {
+			return nil
+		}
+		if _, err := unix.Poll(polls, int(left/time.Millisecond)+1); err != nil && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("wait for %s: %w", path, err)
+		}
+		_, _ = unix.Read(watch, buf) // what it says does not matter
+	}
+	return nil
+}
+
 // WaitContext waits for the process to end or ctx, and tells whether it has
 // ended. Where it cannot wait it returns at once.
 func (p *Process) WaitContext(ctx context.Context) bool {

@@ -252,6 +252,12 @@ func buildPeer(ctx context.Context, dir string) error {
 	if err != nil {
 		return fmt.Errorf("compile the peer (apt install gcc libc6-dev): %w: %s", err, out)
 	}
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(dir, "bench-overlay-go"),
+		"github.com/nydusfs/nydus-snapshotter/test/bench/peer/overlay")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("compile the peer in Go: %w: %s", err, out)
+	}
 	return nil
 }
 
@@ -274,16 +280,34 @@ func (l *lab) warmMount(ctx context.Context) (*contest, error) {
 	if err != nil {
 		return nil, errors.Join(err, done(ctx))
 	}
-	round := func(m *fuseMount) once {
-		return func(ctx context.Context) (time.Duration, error) {
-			took, err := m.make(ctx)
-			if err != nil {
-				return 0, err
-			}
-			return took, m.undo()
-		}
+	return &contest{ours: m.round, peer: peer.round, done: done}, nil
+}
+
+// leastMount compares the least helper in Go with that in C.
+func (l *lab) leastMount(ctx context.Context) (*contest, error) {
+	if err := l.pull(ctx); err != nil {
+		return nil, err
 	}
-	return &contest{ours: round(m), peer: round(peer), done: done}, nil
+	holder, err := l.node.Run(ctx, l.nydus.pulled, "holder", kit.RunOptions{Snapshotter: "nydus"})
+	if err != nil {
+		return nil, err
+	}
+	peer, err := l.overlayLike(ctx, holder)
+	if err != nil {
+		return nil, errors.Join(err, holder.Remove(ctx))
+	}
+	inGo := *peer
+	inGo.kind += "-go"
+	return &contest{ours: inGo.round, peer: peer.round, done: holder.Remove}, nil
+}
+
+// round mounts, measured, and unmounts.
+func (m *fuseMount) round(ctx context.Context) (time.Duration, error) {
+	took, err := m.make(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return took, m.undo()
 }
 
 // overlayLike is the mount of an overlay like that of a running container.

@@ -71,6 +71,12 @@ var works = []work{
 		set:  (*lab).warmMount,
 	},
 	{
+		name: "the least helper in Go",
+		ours: "as the peer of the line above, but a static Go program (test/bench/peer/overlay) that only calls mount(2): what Go's start and end take",
+		peer: "the C program of the line above",
+		set:  (*lab).leastMount,
+	},
+	{
 		name: "64 containers at once", target: 1.2,
 		ours: "create and start 64 containers of one image at the same time, until the processes of all run; no nydusd runs before, the blob cache is warm",
 		peer: "the same on overlayfs",

@@ -94,11 +94,11 @@ func (n *Node) fillVersion3(c table) {
 	}
 	if n.cfg.Snapshotter {
 		proxy := n.proxyPlugin()
-		proxy["exports"] = table{"enable_remote_snapshot_annotations": "true"}
+		proxy["exports"] = table{"enable_remote_snapshot_annotations": "true", "root": n.SnapshotterRoot()}
 		c["proxy_plugins"] = table{"nydus": proxy}
 		plugins["io.containerd.transfer.v1.local"] = table{"unpack_config": []table{
-			{"platform": "linux/amd64", "snapshotter": "nydus", "differ": "walking"},
-			{"platform": "linux/amd64", "snapshotter": "overlayfs", "differ": "walking"},
+			{"platform": "linux", "snapshotter": "nydus", "differ": "walking"},
+			{"platform": "linux", "snapshotter": "overlayfs", "differ": "walking"},
 		}}
 	}
 	c["plugins"] = plugins

@@ -76,10 +76,24 @@ func newEnv(t *testing.T) *env {
 	must(t, os.MkdirAll(e.root, 0o700))
 	must(t, instance.SetupRunDir(runDir))
 	t.Cleanup(func() { e.dispose() })
+	t.Cleanup(func() {
+		if t.Failed() {
+			e.showLogs()
+		}
+	})
 	key, err := mountspec.KeyDir(mountspec.DefaultKeyDir).Ensure(e.root)
 	must(t, err)
 	e.key = key
 	return e
+}
+
+// showLogs shows what daemons said to whoever looks into a failure.
+func (e *env) showLogs() {
+	logs, _ := filepath.Glob(filepath.Join(e.root, "instances", "*", "nydusd.log"))
+	for _, path := range logs {
+		text, err := os.ReadFile(path)
+		e.t.Logf("--- %s (%v)\n%s", path, err, text)
+	}
 }
 
 func (e *env) dispose() {

@@ -27,15 +27,14 @@ func TestReconcilerReleasesAfterTheLinger(t *testing.T) {
 	pid := e.daemons(1)[0].PID
 	e.unmount(first)
 
-	// Idle for a moment only: as containerd's temporary mounts are. A use as short as
-	// the next one the reconciler may miss, and count from here.
-	idleSince := time.Now()
+	// Idle for a moment only: as containerd's temporary mounts are.
 	e.unmount(second)
 	third := e.mustMount(e.another(s))
 	if now := e.daemons(1)[0].PID; now != pid {
 		t.Errorf("nydusd %d serves, want %d: the instance did not linger", now, pid)
 	}
 
+	idleSince := time.Now()
 	e.unmount(third)
 	must(t, r.idle(soon))
 	if took := time.Since(idleSince); took < linger {
@@ -44,6 +43,24 @@ func TestReconcilerReleasesAfterTheLinger(t *testing.T) {
 	e.daemons(0)
 	if left := e.entries(); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
+	}
+}
+
+// A use that is over before the reconciler looks counts all the same: the linger
+// is for what follows such a one.
+func TestShortUseRestartsTheLinger(t *testing.T) {
+	e := newEnv(t)
+	const linger = 2 * time.Second
+	r := e.reconcile(linger)
+	defer func() { must(t, r.stop()) }()
+	s := e.spec(small(t, "one"))
+	e.unmount(e.mustMount(s))
+	<-time.After(linger * 3 / 4) // it is the passing of time that is tested
+	e.unmount(e.mustMount(e.another(s)))
+	used := time.Now()
+	must(t, r.idle(soon))
+	if took := time.Since(used); took < linger*9/10 {
+		t.Errorf("released %v after the last use, want %v", took, linger)
 	}
 }
 

@@ -49,10 +49,20 @@ need() {
 	command -v "$1" >/dev/null 2>&1 || die "$1 is not in PATH: $2"
 }
 
-# preflight reports everything that this machine lacks at once, before anything
-# is built.
+# preflight installs what Debian has of what this machine lacks, and reports the
+# rest at once, before anything is built. Debian 12's own Go and Rust are too old.
 preflight() {
-	local missing=
+	local missing= packages=
+	command -v cc >/dev/null 2>&1 || packages="gcc libc6-dev"
+	command -v perl >/dev/null 2>&1 || packages="$packages perl"
+	command -v make >/dev/null 2>&1 || packages="$packages make"
+	if [ -n "$packages" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+		say "installing Debian's ${packages# }"
+		apt_update || true
+		# shellcheck disable=SC2086 # a list
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >&2 || true
+	fi
+	command -v perl >/dev/null 2>&1 || missing="$missing; perl (apt-get install perl), to build OpenSSL"
 	command -v go >/dev/null 2>&1 || missing="$missing; Go 1.26 or newer (https://go.dev/dl)"
 	command -v cargo >/dev/null 2>&1 || missing="$missing; Rust with cargo (https://rustup.rs), to build nydusd"
 	command -v cc >/dev/null 2>&1 || missing="$missing; a C compiler (apt-get install gcc libc6-dev)"
