@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -33,6 +34,7 @@ type lab struct {
 	rounds   progressOf
 
 	t        kit.TB
+	goTool   string // the node's PATH, which is set later, has none
 	registry *kit.Registry
 	node     *kit.Node
 	nydus    side
@@ -73,6 +75,10 @@ func (o options) wantsWork() bool {
 
 func (l *lab) setUp(t kit.TB) error {
 	l.t = t
+	var err error
+	if l.goTool, err = exec.LookPath("go"); err != nil {
+		return fmt.Errorf("find go, for a peer: %w", err)
+	}
 	l.progress.Start("making the example image (once; takes a minute or two)")
 	plain, nydus, err := show.MainImage(t)
 	if err != nil {

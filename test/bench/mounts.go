@@ -243,7 +243,7 @@ func (b *bareDaemon) serves(ctx context.Context, watch *rootfs.Watch, pidfd int)
 var overlaySource []byte
 
 // buildPeer compiles it into a directory.
-func buildPeer(ctx context.Context, dir string) error {
+func buildPeer(ctx context.Context, dir, goTool string) error {
 	source := filepath.Join(dir, "overlay.c")
 	if err := os.WriteFile(source, overlaySource, 0o644); err != nil {
 		return err
@@ -252,7 +252,7 @@ func buildPeer(ctx context.Context, dir string) error {
 	if err != nil {
 		return fmt.Errorf("compile the peer (apt install gcc libc6-dev): %w: %s", err, out)
 	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(dir, "bench-overlay-go"),
+	cmd := exec.CommandContext(ctx, goTool, "build", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(dir, "bench-overlay-go"),
 		"github.com/nydusfs/nydus-snapshotter/test/bench/peer/overlay")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -326,7 +326,7 @@ func (l *lab) overlayLike(ctx context.Context, c *kit.Container) (*fuseMount, er
 			return nil, err
 		}
 	}
-	if err := buildPeer(ctx, dir); err != nil {
+	if err := buildPeer(ctx, dir, l.goTool); err != nil {
 		return nil, err
 	}
 	env := l.node.Env()
