@@ -30,6 +30,15 @@ type Command struct {
 	Mountpoint string
 	// Socket is where the daemon's API will listen; it must not exist.
 	Socket string
+	// Supervisor is the socket to which the daemon connects when it is told to
+	// hand its filesystem over; see package custody. Empty for none.
+	Supervisor string
+	// Successor starts a daemon that mounts nothing and has neither Config nor
+	// Bootstrap: it waits to be told to fetch both from Supervisor.
+	Successor bool
+	// Args, when set, is the whole command line behind Path instead: for a
+	// program of ours that is to live like a daemon.
+	Args []string
 	// Log receives standard output and error, panics included.
 	Log *os.File
 	// LogLevel is nydusd's; empty means info.
@@ -134,10 +143,21 @@ func start(c Command) (*Process, error) {
 }
 
 func (c Command) args() []string {
-	args := []string{c.Path, "fuse", "--config", c.Config, "--bootstrap", c.Bootstrap, "--mountpoint", c.Mountpoint,
-		"--apisock", c.Socket,
+	if c.Args != nil {
+		return append([]string{c.Path}, c.Args...)
+	}
+	args := []string{c.Path, "fuse"}
+	if c.Successor {
+		args = append(args, "--upgrade")
+	} else {
+		args = append(args, "--config", c.Config, "--bootstrap", c.Bootstrap)
+	}
+	args = append(args, "--mountpoint", c.Mountpoint, "--apisock", c.Socket,
 		// The limit is set from outside: nydusd ends when it may not raise it.
-		"--rlimit-nofile", "0"}
+		"--rlimit-nofile", "0")
+	if c.Supervisor != "" {
+		args = append(args, "--supervisor", c.Supervisor)
+	}
 	if c.LogLevel != "" {
 		args = append(args, "--log-level", c.LogLevel)
 	}
@@ -398,6 +418,22 @@ func (p *Process) serving(fd int) (bool, error) {
 		}
 	}
 }
+
+// RSS is the process's memory in bytes, 0 when it has ended.
+func (p *Process) RSS() int64 {
+	fields, err := stat(p.PID)
+	if err != nil || len(fields) <= rssField {
+		return 0
+	}
+	pages, err := strconv.ParseInt(fields[rssField], 10, 64)
+	if err != nil {
+		return 0
+	}
+	return pages * int64(os.Getpagesize())
+}
+
+// rssField is the index of field 24 in what stat returns.
+const rssField = 24 - 3
 
 // Stopped tells whether the process was stopped, by SIGSTOP or a debugger: it
 // answers nobody until it is continued.
