@@ -27,6 +27,7 @@ import (
 var version = "devel"
 
 const usage = `Usage: nydus-shim-hook [OPTIONS] createRuntime|poststop
+       nydus-shim-hook holder SOCKET
 
 An OCI runtime hook; reads the container's state, JSON, from standard input.
 
@@ -34,6 +35,10 @@ An OCI runtime hook; reads the container's state, JSON, from standard input.
                   its root filesystem does not answer; the next start gets a new
                   nydusd
   poststop        release the image at once if no other container uses it
+
+And, started by the snapshotter:
+
+  holder          keep what a successor of a nydusd needs, until nothing is left
 
 Options:
 `
@@ -74,6 +79,9 @@ func run(args []string, in io.Reader, out io.Writer) error {
 	}
 	if flags.NArg() == 2 && flags.Arg(0) == probeCommand {
 		os.Exit(probe(flags.Arg(1)))
+	}
+	if flags.NArg() == 2 && flags.Arg(0) == holderCommand {
+		return hold(context.Background(), flags.Arg(1))
 	}
 	if flags.NArg() != 1 {
 		return fmt.Errorf("want one of createRuntime, poststop; got %q; see --help", flags.Args())

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
@@ -21,6 +22,7 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
+	"github.com/nydusfs/nydus-snapshotter/pkg/recovery"
 	"github.com/nydusfs/nydus-snapshotter/pkg/snapshot"
 )
 
@@ -98,10 +100,19 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	reconciler := instance.NewReconciler(instance.ReconcilerConfig{
 		RunDir: cfg.RunDir, Root: cfg.Root, Linger: cfg.Mount.IdleLinger, Log: slog.Default(),
 	})
+	spare, err := holderOf(cfg)
+	if err != nil {
+		return err
+	}
+	recoverer := recovery.New(recovery.Config{
+		RunDir: cfg.RunDir, Policy: recovery.Policy(cfg.Daemon.RecoverPolicy), StartTimeout: cfg.Daemon.StartTimeout,
+		Spare: spare.spare, Log: slog.Default(),
+	})
 	background, stop := context.WithCancel(ctx)
-	done := make(chan struct{})
-	go func() { defer close(done); keepRunning(background, reconciler.Run) }()
-	defer func() { stop(); <-done }()
+	var done sync.WaitGroup
+	done.Go(func() { keepRunning(background, "unused images are not released", reconciler.Run) })
+	done.Go(func() { keepRunning(background, "daemons that die are not replaced", recoverer.Run) })
+	defer func() { stop(); done.Wait() }()
 
 	nydusdOf{cfg.Daemon}.warn(ctx)
 	log.G(ctx).WithFields(log.Fields{"version": version, "root": cfg.Root, "address": cfg.Address, "style": cfg.Mount.Style}).Info("serving")
@@ -145,13 +156,13 @@ func notify(ctx context.Context, state string) {
 }
 
 // keepRunning runs what the snapshotter can do without for a while.
-func keepRunning(ctx context.Context, run func(context.Context) error) {
+func keepRunning(ctx context.Context, harm string, run func(context.Context) error) {
 	for ctx.Err() == nil {
 		err := run(ctx)
 		if ctx.Err() != nil {
 			return
 		}
-		log.G(ctx).WithError(err).Errorf("unused images are not released; trying again in %s", restartDelay)
+		log.G(ctx).WithError(err).Errorf("%s; trying again in %s", harm, restartDelay)
 		again := time.NewTimer(restartDelay)
 		select {
 		case <-again.C:

@@ -50,7 +50,19 @@ type Daemon struct {
 	OOMScoreAdj int `toml:"oom_score_adj"`
 	// CgroupParent is an absolute path within the cgroup hierarchy, or empty.
 	CgroupParent string `toml:"cgroup_parent"`
+	// RecoverPolicy says what happens to an image whose daemon dies.
+	RecoverPolicy RecoverPolicy `toml:"recover_policy"`
 }
+
+// RecoverPolicy is what to do about a daemon that died; see package recovery.
+type RecoverPolicy string
+
+// The policies.
+const (
+	RecoverNone     RecoverPolicy = "none"
+	RecoverRestart  RecoverPolicy = "restart"
+	RecoverFailover RecoverPolicy = "failover"
+)
 
 // Style is how a mount is handed to containerd.
 type Style string
@@ -120,6 +132,8 @@ func Default() Config {
 			StartTimeout: 20 * time.Second,
 			OOMScoreAdj:  mountspec.DefaultOOMScoreAdj,
 			CgroupParent: mountspec.DefaultCgroupParent,
+
+			RecoverPolicy: RecoverNone,
 		},
 		Mount: Mount{
 			Style:       StyleHelper,

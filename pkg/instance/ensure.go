@@ -249,7 +249,8 @@ func (l *launch) prepare(ctx context.Context) error {
 	// record names it first.
 	l.dir = i.dir.gen(i.rec.Last + 1)
 	l.gen = Generation{
-		Number: i.rec.Last + 1, Mountpoint: l.dir.mountpoint(), Socket: l.dir.socket(),
+		Number: i.rec.Last + 1, Mountpoint: l.dir.mountpoint(), Socket: l.dir.socket(), Supervisor: l.dir.supervisor(),
+		Threads: s.Daemon.Threads, LogLevel: s.Daemon.LogLevel, OOMScoreAdj: s.Daemon.OOMScoreAdj,
 		Nydusd: s.Daemon.Path, Cgroup: s.Daemon.CgroupParent, Started: time.Now().UTC(), Alone: s.Alone,
 	}
 	i.rec.Last, i.rec.Current = l.gen.Number, &l.gen
@@ -290,7 +291,7 @@ func (l *launch) run(ctx context.Context) error {
 	var err error
 	l.proc, err = nydusd.Start(nydusd.Command{
 		Path: s.Daemon.Path, Config: l.dir.config(), Bootstrap: l.disk.bootstrap(), Mountpoint: l.dir.mountpoint(),
-		Socket: l.dir.socket(), Log: l.log, LogLevel: s.Daemon.LogLevel, Threads: s.Daemon.Threads,
+		Socket: l.dir.socket(), Supervisor: l.dir.supervisor(), ID: cgroupOf(s.Key, l.gen).Name, Log: l.log, LogLevel: s.Daemon.LogLevel, Threads: s.Daemon.Threads,
 		OOMScoreAdj: s.Daemon.OOMScoreAdj, Cgroup: cgroupOf(s.Key, l.gen), CacheLock: l.cacheLock,
 	})
 	if err != nil {

@@ -187,7 +187,7 @@ func (r *Reconciler) leave(key string, x *mountIndex) (time.Duration, bool) {
 	if err != nil || rec.Current == nil || !rec.Current.Ready || len(rec.Retired) > 0 {
 		return 0, false
 	}
-	targets, gone, err := users(dirOf(r.cfg.RunDir, key), rec, x)
+	targets, gone, err := users(dirOf(r.cfg.RunDir, key), rec.Current, x)
 	if len(gone) > 0 {
 		// It was used since the last pass, too shortly to be seen.
 		delete(r.idle, key)
@@ -269,6 +269,9 @@ func (r *Reconciler) await(ctx context.Context, retired []Generation) error {
 		p, err := nydusd.Find(g.PID, g.StartTime)
 		if err != nil {
 			return err
+		}
+		if p == nil && g.Kept {
+			continue // whoever keeps it goes on
 		}
 		if p == nil {
 			return errEnded

@@ -54,6 +54,17 @@ type Generation struct {
 	Mountpoint string `json:"mountpoint"`
 	// Socket is the daemon's API.
 	Socket string `json:"socket"`
+	// Supervisor is the socket through which the daemon can be succeeded.
+	Supervisor string `json:"supervisor,omitempty"`
+	// Kept says that somebody keeps the daemon's FUSE descriptor: users wait for
+	// a successor when it dies, and so do its files here.
+	Kept bool `json:"kept,omitempty"`
+	// Restarts counts the successors.
+	Restarts int `json:"restarts,omitempty"`
+	// Threads, LogLevel and OOMScoreAdj are how it was started.
+	Threads     int    `json:"threads,omitempty"`
+	LogLevel    string `json:"log_level,omitempty"`
+	OOMScoreAdj int    `json:"oom_score_adj,omitempty"`
 	// Dev is the filesystem's device number, "major:minor".
 	Dev string `json:"dev,omitempty"`
 	// PID and StartTime name the daemon's process.
@@ -107,6 +118,7 @@ type genDir string
 
 func (d genDir) mountpoint() string { return filepath.Join(string(d), "mnt") }
 func (d genDir) socket() string     { return filepath.Join(string(d), "api.sock") }
+func (d genDir) supervisor() string { return filepath.Join(string(d), "sup.sock") }
 func (d genDir) config() string     { return filepath.Join(string(d), "config.json") }
 
 // diskDir is the instance's directory on disk.

@@ -94,10 +94,10 @@ func indexOf(table rootfs.Table) *mountIndex {
 	return x
 }
 
-// users lists the mounts that use the current generation, by their targets, and
-// the files of users that are gone.
-func users(d dir, rec *Record, x *mountIndex) (targets, gone []string, err error) {
-	if g := rec.Current; g != nil && g.Dev != "" {
+// users lists the mounts that use a generation, which may be nil for none, by
+// their targets, and the files of users that are gone.
+func users(d dir, g *Generation, x *mountIndex) (targets, gone []string, err error) {
+	if g != nil && g.Dev != "" {
 		for _, m := range x.byDev[g.Dev] {
 			if !isMountpoint(m.Target, g) {
 				targets = append(targets, m.Target)
@@ -106,7 +106,7 @@ func users(d dir, rec *Record, x *mountIndex) (targets, gone []string, err error
 	}
 	entries, err := os.ReadDir(d.users())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, fmt.Errorf("list users of instance %s: %w", rec.Key, err)
+		return nil, nil, fmt.Errorf("list users of instance %s: %w", d, err)
 	}
 	for _, e := range entries {
 		path := filepath.Join(d.users(), e.Name())
@@ -121,7 +121,7 @@ func users(d dir, rec *Record, x *mountIndex) (targets, gone []string, err error
 		switch {
 		case len(mounts) == 0:
 			gone = append(gone, path)
-		case rec.Current != nil && u.Generation == rec.Current.Number:
+		case g != nil && u.Generation == g.Number:
 			targets = append(targets, mounts...)
 		}
 	}
@@ -139,7 +139,7 @@ func isMountpoint(target string, g *Generation) bool {
 // usedBy is users for the holder of the lock, who also forgets those that are
 // gone. The mount table must have been read under the lock.
 func (i *Instance) usedBy(x *mountIndex) ([]string, error) {
-	targets, gone, err := users(i.dir, &i.rec, x)
+	targets, gone, err := users(i.dir, i.rec.Current, x)
 	if err != nil {
 		return nil, err
 	}
@@ -245,6 +245,9 @@ func (i *Instance) sweep() error {
 	var left []Generation
 	var errs []error
 	for _, g := range i.rec.Retired {
+		if g.Kept && !i.wanted(&g) {
+			g.Kept = false
+		}
 		ended, err := finish(i.rec.Key, g)
 		if !ended {
 			left = append(left, g)
@@ -288,6 +291,17 @@ func unmount(mountpoint string) error {
 	return remove(mountpoint)
 }
 
+// wanted tells whether somebody uses a generation. A daemon that has ended without
+// users needs no successor, and whoever could tell may be away.
+func (i *Instance) wanted(g *Generation) bool {
+	x, err := readMounts()
+	if err != nil {
+		return true
+	}
+	targets, _, err := users(i.dir, g, x)
+	return err != nil || len(targets) > 0
+}
+
 // endWait is how long a daemon whose filesystem is gone may take to end. It
 // takes some milliseconds; one that hangs would take for ever.
 const endWait = time.Second
@@ -312,6 +326,9 @@ func finish(key string, g Generation) (ended bool, err error) {
 			return false, p.Abandon()
 		}
 	}
+	if p == nil && g.Kept {
+		return false, nil // its successor is on its way
+	}
 	if err := removeGeneration(key, g); err != nil {
 		return false, err
 	}
@@ -333,12 +350,12 @@ func removeGeneration(key string, g Generation) error {
 		return err
 	}
 	var errs []error
-	for _, path := range []string{d.config(), d.socket()} {
-		errs = append(errs, remove(path))
-	}
-	leftovers, _ := filepath.Glob(filepath.Join(string(d), ".new-*"))
-	for _, path := range leftovers {
-		errs = append(errs, remove(path))
+	errs = append(errs, remove(d.config()))
+	for _, pattern := range []string{"*.sock", ".new-*"} {
+		leftovers, _ := filepath.Glob(filepath.Join(string(d), pattern))
+		for _, path := range leftovers {
+			errs = append(errs, remove(path))
+		}
 	}
 	if err := errors.Join(append(errs, remove(string(d)))...); err != nil {
 		return err

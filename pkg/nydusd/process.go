@@ -33,6 +33,9 @@ type Command struct {
 	// Supervisor is the socket to which the daemon connects when it is told to
 	// hand its filesystem over; see package custody. Empty for none.
 	Supervisor string
+	// ID is the daemon's name. With Supervisor it must have one, and a successor
+	// the same.
+	ID string
 	// Successor starts a daemon that mounts nothing and has neither Config nor
 	// Bootstrap: it waits to be told to fetch both from Supervisor.
 	Successor bool
@@ -156,7 +159,7 @@ func (c Command) args() []string {
 		// The limit is set from outside: nydusd ends when it may not raise it.
 		"--rlimit-nofile", "0")
 	if c.Supervisor != "" {
-		args = append(args, "--supervisor", c.Supervisor)
+		args = append(args, "--supervisor", c.Supervisor, "--id", c.ID)
 	}
 	if c.LogLevel != "" {
 		args = append(args, "--log-level", c.LogLevel)

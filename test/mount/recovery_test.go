@@ -1,0 +1,309 @@
+package mount_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
+	"github.com/nydusfs/nydus-snapshotter/pkg/recovery"
+)
+
+// recoverer is a running recovery, as in the snapshotter.
+type recoverer struct {
+	t      *testing.T
+	log    *logBook
+	cancel context.CancelFunc
+	done   chan error
+}
+
+func (e *env) recover(policy recovery.Policy, spare bool) *recoverer {
+	e.t.Helper()
+	r := &recoverer{t: e.t, log: &logBook{}, done: make(chan error, 1)}
+	cfg := recovery.Config{RunDir: runDir, Policy: policy, StartTimeout: startTimeout, Log: slog.New(slog.NewTextHandler(r.log, nil))}
+	if spare {
+		cfg.Spare = e.spare
+	}
+	ctx, cancel := context.WithCancel(e.t.Context())
+	r.cancel = cancel
+	go func() { r.done <- recovery.New(cfg).Run(ctx) }()
+	e.t.Cleanup(func() {
+		cancel()
+		if e.t.Failed() {
+			e.t.Logf("--- recovery\n%s", r.log)
+		}
+	})
+	return r
+}
+
+// stop ends it, as at the end of the snapshotter.
+func (r *recoverer) stop() {
+	r.t.Helper()
+	r.cancel()
+	select {
+	case err := <-r.done:
+		must(r.t, err)
+	case <-time.After(soon):
+		r.t.Fatal("recovery does not end")
+	}
+}
+
+// spare starts a holder, or finds it.
+func (e *env) spare(context.Context) (recovery.Spare, func(), error) {
+	socket := filepath.Join(runDir, "holder.sock")
+	s, err := custody.Connect(socket)
+	if err != nil {
+		_ = os.Remove(socket)
+		log, err := os.OpenFile(filepath.Join(e.t.TempDir(), "holder.log"), os.O_CREATE|os.O_WRONLY, 0o600)
+		if err != nil {
+			return nil, nil, err
+		}
+		defer log.Close()
+		p, err := nydusd.Start(nydusd.Command{Path: filepath.Join(e.bin, "nydus-shim-hook"), Args: []string{"holder", socket}, Log: log})
+		if err != nil {
+			return nil, nil, err
+		}
+		go func() {
+			p.Wait(time.Time{})
+			p.Exit()
+			p.Close()
+		}()
+		if err := p.WaitFile(socket, time.Now().Add(soon)); err != nil {
+			return nil, nil, err
+		}
+		s, err = custody.Connect(socket)
+		if err != nil {
+			return nil, nil, err
+		}
+	}
+	return s, s.Gone, nil
+}
+
+// within waits until what says so; nothing tells when a record changes.
+func within(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	deadline := time.Now().Add(soon)
+	for !ok() {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %v: %s", soon, what)
+		}
+		<-tick.C
+	}
+}
+
+// current is the generation in use, or a zero one.
+func (e *env) current() instance.Generation {
+	keys, _ := instance.Keys(runDir)
+	for _, key := range keys {
+		if r, err := instance.ReadRecord(runDir, key); err == nil && r.Current != nil {
+			return *r.Current
+		}
+	}
+	return instance.Generation{}
+}
+
+// readers read all files below target again and again, past the page cache, and
+// compare them.
+type readers struct {
+	stop  chan struct{}
+	all   sync.WaitGroup
+	reads atomic.Int64
+	mu    sync.Mutex
+	fault error
+}
+
+func (e *env) read(target string, n int) *readers {
+	e.t.Helper()
+	want := map[string][]byte{}
+	must(e.t, filepath.WalkDir(target, func(path string, d os.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		want[path] = text
+		return err
+	}))
+	if len(want) == 0 {
+		e.t.Fatal("the image has no files")
+	}
+	r := &readers{stop: make(chan struct{})}
+	for range n {
+		r.all.Go(func() {
+			for {
+				for path, text := range want {
+					select {
+					case <-r.stop:
+						return
+					default:
+					}
+					if err := readPast(path, text); err != nil {
+						r.mu.Lock()
+						r.fault = errors.Join(r.fault, err)
+						r.mu.Unlock()
+						return
+					}
+					r.reads.Add(1)
+				}
+			}
+		})
+	}
+	return r
+}
+
+func readPast(path string, want []byte) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		return err
+	}
+	got := make([]byte, len(want)+1)
+	n, err := f.ReadAt(got, 0)
+	if n != len(want) || !bytes.Equal(got[:n], want) {
+		return fmt.Errorf("%s: read %d bytes of %d, or others (%v)", path, n, len(want), err)
+	}
+	return nil
+}
+
+func (r *readers) end(t *testing.T) {
+	t.Helper()
+	close(r.stop)
+	done := make(chan struct{})
+	go func() {
+		r.all.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(soon):
+		t.Fatal("readers hang")
+	}
+	if r.fault != nil {
+		t.Errorf("after %d reads: %v", r.reads.Load(), r.fault)
+	}
+}
+
+// notOld fails with the reason when the nydusd under test cannot be succeeded.
+func (e *env) succeeds() bool {
+	shares, err := nydusd.SharesCache(e.t.Context(), e.tools.Nydusd)
+	must(e.t, err)
+	return shares
+}
+
+// What containers read goes on when their daemon is killed, and killed again.
+func TestFailover(t *testing.T) {
+	e := newEnv(t)
+	if !e.succeeds() {
+		t.Log("this nydusd cannot be succeeded: see TestRestart")
+		return
+	}
+	r := e.recover(recovery.PolicyFailover, true)
+	target := e.mustMount(e.spec(odd(t)))
+	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+	kept, err := os.Open(filepath.Join(target, "usr"))
+	if err != nil {
+		kept, err = os.Open(target)
+	}
+	must(t, err)
+	defer kept.Close()
+	readers := e.read(target, 4)
+	const kills = 4 // more within a minute are a crash loop
+	for n := range kills {
+		before := e.current()
+		must(t, unix.Kill(before.PID, unix.SIGKILL))
+		within(t, fmt.Sprintf("a successor after kill %d", n), func() bool { return e.current().Restarts == before.Restarts+1 })
+	}
+	readers.end(t)
+	if _, err := kept.ReadDir(-1); err != nil {
+		t.Errorf("read a directory that was opened before: %v", err)
+	}
+	if g := e.current(); g.Restarts != kills || g.Number != 1 {
+		t.Errorf("%d restarts of generation %d, want %d of the first", g.Restarts, g.Number, kills)
+	}
+	e.daemons(1)
+	if text := r.log.String(); strings.Count(text, "nydusd has died") != kills || strings.Count(text, "nydusd was succeeded") != kills {
+		t.Errorf("the log has not %d deaths and successors:\n%s", kills, text)
+	}
+	must(t, kept.Close())
+	e.unmount(target)
+	must(t, e.tidy(soon))
+	e.daemons(0)
+	r.stop()
+	e.holderEnds()
+}
+
+// holderEnds waits for the end of the holder, which nobody needs any more.
+func (e *env) holderEnds() {
+	e.t.Helper()
+	within(e.t, "the holder ends", func() bool { return !exists(filepath.Join(runDir, "holder.sock")) })
+}
+
+// Snapshotter and daemon killed together: the holder keeps what the next
+// snapshotter's successor needs.
+func TestFailoverAfterTheSnapshotter(t *testing.T) {
+	e := newEnv(t)
+	if !e.succeeds() {
+		t.Log("this nydusd cannot be succeeded: see TestRestart")
+		return
+	}
+	r := e.recover(recovery.PolicyFailover, true)
+	img := small(t, "one")
+	target := e.mustMount(e.spec(img))
+	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+	readers := e.read(target, 2)
+	before := e.current()
+	r.stop()
+	e.kill(before.PID)
+	r = e.recover(recovery.PolicyFailover, true)
+	within(t, "a successor", func() bool { return e.current().Restarts == before.Restarts+1 })
+	readers.end(t)
+	e.holds(img, target)
+	e.unmount(target)
+	must(t, e.tidy(soon))
+	r.stop()
+	e.holderEnds()
+}
+
+// A daemon that cannot be succeeded: what lies on it fails, and what comes finds
+// another at once, which is not stacked on the dead mount.
+func TestRestart(t *testing.T) {
+	e := newEnv(t)
+	r := e.recover(recovery.PolicyRestart, false)
+	img := small(t, "one")
+	s := e.spec(img)
+	target := e.mustMount(s)
+	before := e.current()
+	within(t, "it is followed", func() bool { return before.Ready })
+	must(t, unix.Kill(before.PID, unix.SIGKILL))
+	within(t, "a new generation", func() bool { g := e.current(); return g.Number == before.Number+1 && g.Ready })
+	if _, err := os.ReadFile(filepath.Join(target, "name")); !errors.Is(err, unix.ENOTCONN) {
+		t.Errorf("what was mounted on the dead daemon says %v, want ENOTCONN", err)
+	}
+	pid := e.daemons(1)[0].PID
+	again := e.mustMount(e.another(s))
+	e.holds(img, again)
+	if now := e.daemons(1)[0].PID; now != pid {
+		t.Errorf("nydusd %d serves, want %d", now, pid)
+	}
+	e.unmount(target)
+	e.unmount(again)
+	must(t, e.tidy(soon))
+	r.stop()
+}
