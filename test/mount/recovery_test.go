@@ -200,7 +200,7 @@ func (r *readers) end(t *testing.T) {
 	}
 }
 
-// notOld fails with the reason when the nydusd under test cannot be succeeded.
+// succeeds tells whether the nydusd under test can be succeeded.
 func (e *env) succeeds() bool {
 	shares, err := nydusd.SharesCache(e.t.Context(), e.tools.Nydusd)
 	must(e.t, err)
@@ -211,7 +211,10 @@ func (e *env) succeeds() bool {
 func TestFailover(t *testing.T) {
 	e := newEnv(t)
 	if !e.succeeds() {
-		t.Log("this nydusd cannot be succeeded: see TestRestart")
+		r := e.restarts(recovery.PolicyFailover)
+		if want := "cannot hand a filesystem over"; strings.Count(r.log.String(), want) != 1 {
+			t.Errorf("the log does not say once that nydusd %s:\n%s", want, r.log)
+		}
 		return
 	}
 	r := e.recover(recovery.PolicyFailover, true)
@@ -260,8 +263,7 @@ func (e *env) holderEnds() {
 func TestFailoverAfterTheSnapshotter(t *testing.T) {
 	e := newEnv(t)
 	if !e.succeeds() {
-		t.Log("this nydusd cannot be succeeded: see TestRestart")
-		return
+		return // see TestFailover
 	}
 	r := e.recover(recovery.PolicyFailover, true)
 	img := small(t, "one")
@@ -283,14 +285,19 @@ func TestFailoverAfterTheSnapshotter(t *testing.T) {
 
 // A daemon that cannot be succeeded: what lies on it fails, and what comes finds
 // another at once, which is not stacked on the dead mount.
-func TestRestart(t *testing.T) {
-	e := newEnv(t)
-	r := e.recover(recovery.PolicyRestart, false)
+func TestRestart(t *testing.T) { newEnv(t).restarts(recovery.PolicyRestart) }
+
+func (e *env) restarts(policy recovery.Policy) *recoverer {
+	t := e.t
+	t.Helper()
+	r := e.recover(policy, false)
 	img := small(t, "one")
 	s := e.spec(img)
 	target := e.mustMount(s)
 	before := e.current()
-	within(t, "it is followed", func() bool { return before.Ready })
+	if policy == recovery.PolicyFailover {
+		within(t, "it was asked to hand its filesystem over", func() bool { return strings.Contains(r.log.String(), "hand a filesystem over") })
+	}
 	must(t, unix.Kill(before.PID, unix.SIGKILL))
 	within(t, "a new generation", func() bool { g := e.current(); return g.Number == before.Number+1 && g.Ready })
 	if _, err := os.ReadFile(filepath.Join(target, "name")); !errors.Is(err, unix.ENOTCONN) {
@@ -306,4 +313,5 @@ func TestRestart(t *testing.T) {
 	e.unmount(again)
 	must(t, e.tidy(soon))
 	r.stop()
+	return r
 }
