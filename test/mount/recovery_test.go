@@ -177,7 +177,7 @@ func readPast(path string, want []byte) error {
 	got := make([]byte, len(want)+1)
 	n, err := f.ReadAt(got, 0)
 	if n != len(want) || !bytes.Equal(got[:n], want) {
-		return fmt.Errorf("%s: read %d bytes of %d, or others (%v)", path, n, len(want), err)
+		return errors.Join(fmt.Errorf("%s: read %d bytes of %d, or others", path, n, len(want)), err)
 	}
 	return nil
 }
