@@ -305,8 +305,8 @@ func (f *follower) run(ctx context.Context) {
 	}
 }
 
-// process opens the daemon, nil for one that has ended. One that was started by a
-// snapshotter that was killed before it wrote that down is found by its arguments.
+// process opens the daemon, nil for one that has ended. A successor whose starter
+// was killed before it wrote that down is found by its arguments, and ended.
 func (f *follower) process() *nydusd.Process {
 	p, err := nydusd.Find(f.g.PID, f.g.StartTime)
 	if err != nil {
@@ -317,12 +317,17 @@ func (f *follower) process() *nydusd.Process {
 		return p
 	}
 	orphans, err := instance.Orphans(f.g)
-	if err != nil {
-		f.log.Error("look for a successor", "error", err)
-	}
 	for _, o := range orphans {
-		f.log.Warn("end a successor that was left half way", "pid", o.PID)
-		_ = o.Close()
+		// Whether it serves cannot be told. Two must not, and with what is kept
+		// nothing is lost: the next one goes on where it stopped.
+		if f.g.Kept {
+			f.log.Warn("end a successor that was left half way", "pid", o.PID)
+			err = errors.Join(err, kill(o))
+		}
+		err = errors.Join(err, o.Close())
+	}
+	if err != nil {
+		f.log.Error("look for successors that were left half way", "error", err)
 	}
 	return nil
 }

@@ -273,8 +273,15 @@ func TestFailoverAfterTheSnapshotter(t *testing.T) {
 	before := e.current()
 	r.stop()
 	e.kill(before.PID)
+	// As a snapshotter leaves it that was killed while it recovered.
+	half, _, err := instance.StartSuccessor(e.record(), before)
+	must(t, err)
+	defer half.Close()
 	r = e.recover(recovery.PolicyFailover, true)
 	within(t, "a successor", func() bool { return e.current().Restarts == before.Restarts+1 })
+	if now := e.daemons(1)[0].PID; now == half.PID {
+		t.Error("the successor that was left half way still runs")
+	}
 	readers.end(t)
 	e.holds(img, target)
 	e.unmount(target)
