@@ -44,10 +44,10 @@ func serveCommand() *cli.Command {
 		Usage:  "serve containerd until SIGINT or SIGTERM",
 		Before: noArguments,
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "config", Value: config.DefaultPath, Usage: "configuration `FILE`; the default one may be missing"},
+			configFlag(),
 			&cli.StringFlag{Name: "address", Usage: "unix `SOCKET` for containerd, instead of the configured one"},
 			&cli.StringFlag{Name: "root", Usage: "`DIR` for layers and cache, instead of the configured one"},
-			&cli.StringFlag{Name: "run-dir", Usage: "`DIR` for mounted images, instead of the configured one"},
+			runDirFlag(),
 			&cli.StringFlag{Name: "log-level", Usage: "`LEVEL`, instead of the configured one"},
 		},
 		Action: func(c *cli.Context) error {
@@ -106,7 +106,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	}
 	recoverer := recovery.New(recovery.Config{
 		RunDir: cfg.RunDir, Policy: recovery.Policy(cfg.Daemon.RecoverPolicy), StartTimeout: cfg.Daemon.StartTimeout,
-		Spare: spare.spare, Log: slog.Default(),
+		Spare: spare.connect, Log: slog.Default(),
 	})
 	background, stop := context.WithCancel(ctx)
 	var done sync.WaitGroup

@@ -133,7 +133,7 @@ func Default() Config {
 			OOMScoreAdj:  mountspec.DefaultOOMScoreAdj,
 			CgroupParent: mountspec.DefaultCgroupParent,
 
-			RecoverPolicy: RecoverNone,
+			RecoverPolicy: RecoverFailover,
 		},
 		Mount: Mount{
 			Style:       StyleHelper,

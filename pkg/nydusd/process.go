@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -445,17 +446,51 @@ func (p *Process) Stopped() bool {
 	return err == nil && (fields[0] == "T" || fields[0] == "t")
 }
 
-// Exit describes how a process that we started has ended, reaping it; empty
-// when that cannot be known.
+// Exit describes how the process has ended, reaping it when it is a child of ours;
+// empty when that cannot be known: of others the kernel tells it since 6.15.
 func (p *Process) Exit() string {
 	var status unix.WaitStatus
 	if pid, err := unix.Wait4(p.PID, &status, unix.WNOHANG, nil); err != nil || pid != p.PID {
-		return ""
+		var ok bool
+		if status, ok = p.exitStatus(); !ok {
+			return ""
+		}
 	}
 	if status.Signaled() {
 		return "killed by " + unix.SignalName(status.Signal())
 	}
 	return fmt.Sprintf("exit status %d", status.ExitStatus())
+}
+
+// pidfdInfo is the kernel's struct pidfd_info (linux/pidfd.h), its first version.
+type pidfdInfo struct {
+	mask, cgroup uint64
+	ids          [11]uint32
+	exit         int32
+}
+
+const (
+	// pidfdGetInfo is PIDFD_GET_INFO, _IOWR(0xff, 11, struct pidfd_info).
+	pidfdGetInfo = 3<<30 | 64<<16 | 0xff<<8 | 11
+	// pidfdInfoExit is PIDFD_INFO_EXIT.
+	pidfdInfoExit = 1 << 3
+	// reapWait is how long the parent of a process that has ended may take to
+	// reap it, before which its status is not told.
+	reapWait = 100 * time.Millisecond
+)
+
+// exitStatus asks the kernel how a process has ended that is no child of ours.
+func (p *Process) exitStatus() (unix.WaitStatus, bool) {
+	polls := []unix.PollFd{{Fd: int32(p.FD)}} // POLLHUP comes once it is reaped
+	if n, err := unix.Poll(polls, int(reapWait/time.Millisecond)); err != nil || n == 0 {
+		return 0, false
+	}
+	info := pidfdInfo{mask: pidfdInfoExit}
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(p.FD), pidfdGetInfo, uintptr(unsafe.Pointer(&info)))
+	if errno != 0 || info.mask&pidfdInfoExit == 0 {
+		return 0, false
+	}
+	return unix.WaitStatus(info.exit), true //nolint:gosec // the same bits
 }
 
 // Close releases the pidfd.

@@ -13,6 +13,7 @@ import (
 // (test/tools/install.sh) left them. All paths are absolute and exist.
 type Tools struct {
 	Nydusd          string // nydusd: the one that users run, or the oldest supported, see FindTools
+	NydusdOld       string // the oldest supported nydusd, which cannot be succeeded
 	NydusImage      string // nydus-image
 	ContainerdBin   string // directory of containerd 2.4, ctr and its shim
 	Containerd16Bin string // directory of Debian's containerd 1.6, ctr and its shim
@@ -45,8 +46,9 @@ func FindTools() (Tools, error) {
 	default:
 		faults = append(faults, fmt.Errorf("NYDUS_DAEMON is %q, want current or old", which))
 	}
+	tools.Nydusd = vars[daemon]
 	for name, dst := range map[string]*string{
-		daemon: &tools.Nydusd, "NYDUS_IMAGE": &tools.NydusImage,
+		"NYDUSD_OLD": &tools.NydusdOld, "NYDUS_IMAGE": &tools.NydusImage,
 		"CONTAINERD_BIN": &tools.ContainerdBin, "CONTAINERD16_BIN": &tools.Containerd16Bin,
 		"RUNC": &tools.Runc, "REGISTRY": &tools.Registry,
 		"MOUNT_FUSE": &tools.MountFuse, "FIXTURE_DEBS": &tools.FixtureDebs,
@@ -57,6 +59,9 @@ func FindTools() (Tools, error) {
 		} else if _, err := os.Stat(*dst); err != nil {
 			faults = append(faults, fmt.Errorf("%s: %w", name, err))
 		}
+	}
+	if _, err := os.Stat(tools.Nydusd); err != nil {
+		faults = append(faults, fmt.Errorf("%s: %w", daemon, err))
 	}
 	if len(faults) > 0 {
 		return Tools{}, fmt.Errorf("find tools in %s: %w: run 'make tools'", cache, errors.Join(faults...))
