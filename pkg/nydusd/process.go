@@ -143,6 +143,9 @@ func start(c Command) (*Process, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("follow process %d: %w", p.PID, err), proc.Kill())
 	}
+	// It has a descriptor of its own of the process, which would stay open until
+	// the garbage is collected.
+	_ = proc.Release()
 	return p, nil
 }
 
