@@ -73,6 +73,9 @@ func StartSuccessor(rec *Record, g Generation) (p *nydusd.Process, socket string
 		Path: g.Nydusd, Successor: true, Supervisor: g.Supervisor, ID: cgroupOf(rec.Key, g).Name, Mountpoint: g.Mountpoint, Socket: socket,
 		Log: log, LogLevel: g.LogLevel, Threads: g.Threads, OOMScoreAdj: g.OOMScoreAdj, Cgroup: cgroupOf(rec.Key, g),
 	})
+	if err == nil {
+		warn(log, p)
+	}
 	return p, socket, err
 }
 
@@ -135,5 +138,6 @@ func (r *Record) spec(g Generation, runDir, config string, timeout time.Duration
 	}
 	s.Daemon.Path, s.Daemon.Threads, s.Daemon.LogLevel = g.Nydusd, g.Threads, g.LogLevel
 	s.Daemon.OOMScoreAdj, s.Daemon.CgroupParent, s.Daemon.StartTimeout = g.OOMScoreAdj, g.Cgroup, timeout
+	s.Daemon.MemoryLimit, s.Daemon.CPULimit = g.MemoryLimit, g.CPULimit
 	return s
 }

@@ -281,6 +281,7 @@ type follower struct {
 // run returns when the generation has ended, or ctx.
 func (f *follower) run(ctx context.Context) {
 	defer f.drop()
+	f.reportUnmet(f.g.Unmet)
 	for ctx.Err() == nil {
 		p := f.process()
 		if p != nil {
@@ -302,6 +303,13 @@ func (f *follower) run(ctx context.Context) {
 		if !f.recover(ctx) {
 			return
 		}
+	}
+}
+
+// reportUnmet says which limits the daemon runs without.
+func (f *follower) reportUnmet(unmet []string) {
+	for _, what := range unmet {
+		f.log.Warn("a limit of nydusd is not in force", "pid", f.g.PID, "reason", what)
 	}
 }
 
@@ -526,7 +534,9 @@ func (f *follower) succeed(ctx context.Context) (err error) {
 	}
 	f.change(context.WithoutCancel(ctx), func(g *instance.Generation) {
 		g.PID, g.StartTime, g.Socket, g.Restarts, g.Kept = p.PID, p.StartTime, socket, g.Restarts+1, true
+		g.Unmet = p.Unmet
 	})
+	f.reportUnmet(p.Unmet)
 	return nil
 }
 
