@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -121,6 +122,28 @@ func TestLimitsAreThereFromTheStart(t *testing.T) {
 			}
 		}
 		p.Exit()
+	}
+}
+
+// They are written when a process is about to be started, not when it was.
+func TestLimitsAreWrittenBeforeTheStart(t *testing.T) {
+	c := testCgroup(t)
+	c.Memory, c.CPU = 64<<20, 1500
+	var p *place
+	onThrowawayThread(func() {
+		p = c.enter(&syscall.SysProcAttr{})
+		p.close()
+	})
+	if len(p.warnings) > 0 {
+		t.Errorf("warnings: %q", p.warnings)
+	}
+	for controller, want := range map[string][]string{"memory": {"67108864"}, "cpu": {"100000", "150000", "150000 100000"}} {
+		dir, files := homeOf(t, c, controller)
+		for _, f := range files {
+			if text, err := os.ReadFile(filepath.Join(dir, f)); err != nil || !slices.Contains(want, strings.TrimSpace(string(text))) {
+				t.Errorf("%s is %q, %v; want one of %q", f, text, err, want)
+			}
+		}
 	}
 }
 

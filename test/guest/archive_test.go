@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path"
 	"strings"
 	"testing"
@@ -17,13 +18,15 @@ import (
 type archive struct {
 	buf  bytes.Buffer
 	dirs map[string]bool
+	has  map[string]bool
 	node int
 }
 
-func newArchive() *archive { return &archive{dirs: map[string]bool{".": true}} }
+func newArchive() *archive { return &archive{dirs: map[string]bool{".": true}, has: map[string]bool{}} }
 
 // add adds a file, with the directories to it.
 func (a *archive) add(name string, mode fs.FileMode, data []byte) {
+	a.has[name] = true
 	name = strings.TrimPrefix(name, "/")
 	a.mkdir(path.Dir(name))
 	a.entry(name, 0o100000|uint32(mode), data)
@@ -36,6 +39,28 @@ func (a *archive) copy(t *testing.T, from, to string) {
 	info, err := os.Stat(from)
 	must(t, err)
 	a.add(to, info.Mode().Perm(), data)
+}
+
+// program adds a program with the libraries that it is linked with, at the paths
+// where it looks for them.
+func (a *archive) program(t *testing.T, from, to string) {
+	t.Helper()
+	a.copy(t, from, to)
+	out, err := exec.CommandContext(t.Context(), "ldd", from).CombinedOutput()
+	if err != nil && !strings.Contains(string(out), "not a dynamic executable") {
+		t.Fatalf("ldd %s: %v: %s", from, err, out)
+	}
+	for _, word := range strings.Fields(string(out)) {
+		if strings.HasPrefix(word, "/") && !a.has[word] {
+			a.copy(t, word, word)
+		}
+	}
+}
+
+func (a *archive) link(name, target string) {
+	name = strings.TrimPrefix(name, "/")
+	a.mkdir(path.Dir(name))
+	a.entry(name, 0o120777, []byte(target))
 }
 
 func (a *archive) mkdir(name string) {

@@ -25,6 +25,8 @@ func TestMain(m *testing.M) { kit.Main(m) }
 // an idle machine.
 const bootTimeout = 4 * time.Minute
 
+var programs = []string{"nydus-snapshotter", "nydus-overlayfs", "nydus-shim-hook"}
+
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -32,10 +34,10 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// Limits of cgroup version 2 hold from a daemon's first instruction on; one that is
-// killed for memory is succeeded without any reader noticing; other images do not
-// notice at all.
-func TestLimitsInVersion2(t *testing.T) {
+// Under systemd, limits of cgroup version 2 hold from a daemon's first instruction on
+// and whatever is done to units; a daemon that is killed for memory is succeeded
+// without any reader noticing; other images do not notice at all.
+func TestLimitsUnderSystemd(t *testing.T) {
 	kit.Baseline(t)
 	r := boot(t)
 	if r.Fault != "" {
@@ -50,6 +52,7 @@ func TestLimitsInVersion2(t *testing.T) {
 		}
 	}
 	born(t, r)
+	units(t, r)
 	if r.Kills[guest.Limited] != 1 || r.Restarts != 1 || r.Killed == r.Succeeded || r.Succeeded == 0 {
 		t.Errorf("%d kills for memory, %d restarts, nydusd %d then %d; want one kill and one successor", r.Kills[guest.Limited], r.Restarts, r.Killed, r.Succeeded)
 	}
@@ -94,6 +97,26 @@ func born(t *testing.T, r guest.Report) {
 	}
 }
 
+// units checks that nothing that was done to units reached a daemon or its limits.
+func units(t *testing.T, r guest.Report) {
+	t.Helper()
+	if len(r.Units) != 6 {
+		t.Errorf("done to units: %+v; want six things", r.Units)
+	}
+	for n, u := range r.Units {
+		want := r.Killed
+		if n >= 3 {
+			want = r.Succeeded
+		}
+		if u.Before != want || u.After != want {
+			t.Errorf("systemctl %s: nydusd %d served before it, %d after it; want %d", u.Did, u.Before, u.After, want)
+		}
+	}
+	if r.MemoryMax != strconv.Itoa(guest.MemoryLimit) || r.CPUMax != strconv.Itoa(guest.CPULimit*100)+" 100000" {
+		t.Errorf("in force in the end: memory.max %q, cpu.max %q", r.MemoryMax, r.CPUMax)
+	}
+}
+
 // boot runs the guest to its end.
 func boot(t *testing.T) (r guest.Report) {
 	t.Helper()
@@ -108,7 +131,7 @@ func boot(t *testing.T) (r guest.Report) {
 		"-serial", "file:"+console, "-serial", "file:"+report,
 		"-kernel", filepath.Join(tools.GuestKernel, "vmlinuz"), "-initrd", initrd,
 		// oops and the end of init end the guest.
-		"-append", "console=ttyS0 panic=-1 oops=panic quiet mitigations=off random.trust_cpu=on")
+		"-append", "console=ttyS0 rdinit=/lib/systemd/systemd panic=-1 oops=panic quiet mitigations=off random.trust_cpu=on")
 	out, err := qemu.CombinedOutput()
 	text, _ := os.ReadFile(report)
 	if err == nil {
@@ -129,16 +152,16 @@ func boot(t *testing.T) (r guest.Report) {
 func ramDisk(t *testing.T, tools kit.Tools) []byte {
 	t.Helper()
 	d := newArchive()
-	bin := kit.Binaries(t, "nydus-snapshotter", "nydus-overlayfs", "nydus-shim-hook")
-	for _, name := range []string{"nydus-snapshotter", "nydus-overlayfs", "nydus-shim-hook"} {
-		d.copy(t, filepath.Join(bin, name), "/bin/"+name)
+	bin := kit.Binaries(t, programs...)
+	for _, name := range programs {
+		d.copy(t, filepath.Join(bin, name), guest.Bin+"/"+name)
 	}
-	d.copy(t, buildInit(t), "/init")
-	d.copy(t, tools.Nydusd, guest.Nydusd)
-	for _, lib := range libraries(t, tools.Nydusd) {
-		d.copy(t, lib, lib)
-	}
+	d.copy(t, buildInit(t), guest.Init)
+	d.link(guest.Stand, guest.Init)
+	d.link(guest.Engine, guest.Init)
+	d.program(t, tools.Nydusd, guest.Nydusd)
 	d.copy(t, filepath.Join(tools.GuestKernel, "overlay.ko.xz"), guest.Module)
+	addSystemd(t, d)
 	for n, name := range []string{guest.Limited, guest.Other} {
 		addImage(t, d, name, uint64(n))
 	}
@@ -154,21 +177,6 @@ func buildInit(t *testing.T) string {
 		t.Fatalf("build the guest's init: %v: %s", err, out)
 	}
 	return path
-}
-
-// libraries lists what a program is linked with, at the paths where it is looked for.
-func libraries(t *testing.T, program string) (list []string) {
-	t.Helper()
-	out, err := exec.CommandContext(t.Context(), "ldd", program).CombinedOutput()
-	if err != nil && !strings.Contains(string(out), "not a dynamic executable") {
-		t.Fatalf("ldd %s: %v: %s", program, err, out)
-	}
-	for _, word := range strings.Fields(string(out)) {
-		if strings.HasPrefix(word, "/") {
-			list = append(list, word)
-		}
-	}
-	return list
 }
 
 // addImage puts an image of some random files into the RAM disk.

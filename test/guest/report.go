@@ -1,8 +1,9 @@
-// Package guest shows in a virtual machine what the kernel of the machine that
-// runs the tests may not have: cgroup version 2 with all its controllers, and a
-// FUSE that asks again what a dead daemon had not answered. The test boots Debian's
-// kernel with an initial RAM disk of the project's static programs, nydusd and two
-// images; guest/init is the first process there and reports over a serial port.
+// Package guest shows in a virtual machine what the machine that runs the tests may
+// not have: cgroup version 2 with all its controllers, a FUSE that asks again what a
+// dead daemon had not answered, and systemd as the first process. The test boots
+// Debian's kernel with an initial RAM disk of systemd, the project's static programs
+// and units, nydusd and two images; guest/init runs there as a service and reports
+// over a serial port.
 //
 // Not for what the machine itself can show: everything is emulated, and slow.
 package guest
@@ -11,15 +12,25 @@ package guest
 const (
 	// Images has a directory for each image: see Image.
 	Images = "/images"
-	// Nydusd is the real one, Snapshotter, Helper and Module what their names say.
-	Nydusd      = "/bin/nydusd"
-	Snapshotter = "/bin/nydus-snapshotter"
-	Helper      = "/bin/nydus-overlayfs"
-	Module      = "/overlay.ko.xz"
+	// Bin has the project's programs, where the unit looks for them; Init is
+	// guest/init.
+	Bin  = "/usr/local/bin"
+	Init = "/usr/local/bin/guest-init"
+	// Nydusd is the real one, Module the kernel's overlayfs.
+	Nydusd = "/usr/bin/nydusd"
+	Module = "/overlay.ko.xz"
 	// Console is where Report goes.
 	Console = "/dev/ttyS1"
-	// CgroupParent is where the daemons live, two levels down.
+	// CgroupParent is where the daemons live, as recommended with systemd.
 	CgroupParent = "/nydus.slice/daemons"
+	// Stand takes nydusd's place: see Birth. Engine plays containerd.
+	Stand  = "/usr/bin/stand"
+	Engine = "/usr/bin/engine"
+	// SnapshotterUnit is the project's, EngineUnit runs Engine.
+	SnapshotterUnit = "nydus-snapshotter.service"
+	EngineUnit      = "engine.service"
+	// SnapshotterLog is where its standard error goes.
+	SnapshotterLog = "/snapshotter.log"
 )
 
 // What the limited image's daemon may use.
@@ -48,13 +59,18 @@ type Report struct {
 	// Kernel is its version.
 	Kernel string
 	// Controllers are those that the cgroups on the way to the daemons pass on, by
-	// directory.
+	// directory, after all that systemd did.
 	Controllers map[string]string
 	// Born is what each process in a daemon's place saw before it became nydusd, in
 	// their order, for the limited image; Successor among them.
 	Born []Birth
 	// OtherBorn is the same for the other one.
 	OtherBorn []Birth
+	// Units has a line about each thing that was done to units while containers read:
+	// what, and which daemon served the limited image before and after.
+	Units []Unit
+	// MemoryMax and CPUMax are what is in force at the end.
+	MemoryMax, CPUMax string
 	// Kills counts the processes killed for memory, by image.
 	Kills map[string]int
 	// Killed is the limited image's daemon before, Succeeded after the kill; Served
@@ -74,6 +90,12 @@ type Report struct {
 	Left []string
 	// Log is the end of the snapshotter's log.
 	Log string
+}
+
+// Unit is one thing that was done to a unit.
+type Unit struct {
+	Did           string
+	Before, After int
 }
 
 // Birth is what a process sees when it starts in a daemon's place.

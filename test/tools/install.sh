@@ -10,9 +10,9 @@
 # ~/.cache/nydus-tools. A directory appears there by rename when it is complete,
 # so a run that is killed leaves nothing half-made, and a second run builds
 # nothing. Runs at the same time wait for each other. Nothing is installed onto
-# the machine itself except Debian's fuse3 where mount.fuse3 is missing, and
-# qemu-system-x86 where there is no qemu: the Debian packages of containerd and
-# docker-registry would start services.
+# the machine itself except Debian's fuse3, qemu-system-x86 and systemd where they
+# are missing: the Debian packages of containerd and docker-registry would start
+# services.
 set -euo pipefail
 
 nydus_version=2.2.0
@@ -284,18 +284,24 @@ install_fuse() {
 	emit MOUNT_FUSE "$mount_fuse"
 }
 
+# apt_install PROGRAM PACKAGE installs a Debian package where PROGRAM is missing.
+apt_install() {
+	[ ! -x "$1" ] && ! command -v "$1" >/dev/null || return 0
+	[ "$(id -u)" = 0 ] || die "$1 is missing and only root can install it: apt-get install $2"
+	need apt-get "$1 is missing; install it (Debian: $2)"
+	say "installing Debian's $2"
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$2" >&2 ||
+		{ apt_update && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$2" >&2; } ||
+		die "apt-get install $2 failed: see the message above"
+}
+
 # install_guest gets what runs the guest of test/guest: an emulator, which needs no
-# help of the processor's, and a kernel with the one module that is not built in.
+# help of the processor's, systemd, and a kernel with the one module that is not
+# built in.
 install_guest() {
 	local dir tmp deb package module
-	if ! command -v qemu-system-x86_64 >/dev/null; then
-		[ "$(id -u)" = 0 ] || die "qemu-system-x86_64 is missing and only root can install it: apt-get install qemu-system-x86"
-		need apt-get "qemu-system-x86_64 is missing; install QEMU"
-		say "installing Debian's qemu-system-x86"
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends qemu-system-x86 >&2 ||
-			{ apt_update && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends qemu-system-x86 >&2; } ||
-			die "apt-get install qemu-system-x86 failed: see the message above"
-	fi
+	apt_install qemu-system-x86_64 qemu-system-x86
+	apt_install /lib/systemd/systemd systemd
 	emit QEMU "$(command -v qemu-system-x86_64)"
 	for dir in "$cache/guest-kernel-$guest_series".*; do
 		if [ -f "$dir/vmlinuz" ] && [ -f "$dir/overlay.ko.xz" ]; then

@@ -1,13 +1,12 @@
-// Command init is the first process of the guest in test/guest: it brings the
-// guest up, plays the part there that containerd and containers play on a node, and
-// reports. It has two more names: "first" takes nydusd's place until it has seen
-// what nydusd would see, and "hog" uses up a cgroup's memory.
+// Command init is what happens in the guest of test/guest: a service that plays the
+// part of a node's operator and containers, and reports. It has more names: "engine" is
+// containerd, which mounts; "stand" takes nydusd's place until it has seen what nydusd
+// would see; "hog" uses up a cgroup's memory.
 package main
 
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -24,14 +23,12 @@ const lifetime = 3 * time.Minute
 
 func main() {
 	switch filepath.Base(os.Args[0]) {
-	case "first":
-		fmt.Fprintln(os.Stderr, first())
-		os.Exit(1)
+	case filepath.Base(guest.Stand):
+		end(first())
+	case filepath.Base(guest.Engine):
+		end(engine())
 	case "hog":
-		if err := hog(os.Args[1]); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
+		end(hog(os.Args[1]))
 	default:
 		r := &guest.Report{}
 		if err := run(r); err != nil {
@@ -45,25 +42,28 @@ func main() {
 	}
 }
 
+func end(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
 func run(r *guest.Report) error {
 	ctx, cancel := context.WithTimeout(context.Background(), lifetime)
 	defer cancel()
 	if err := setup(r); err != nil {
 		return err
 	}
-	snapshotter, err := startSnapshotter(ctx)
-	if err != nil {
-		return err
-	}
-	return errors.Join(scenario(ctx, r), snapshotter.stop(r))
+	err := scenario(ctx, r)
+	text, _ := os.ReadFile(guest.SnapshotterLog)
+	r.Log = string(text[max(0, len(text)-8000):])
+	return err
 }
 
-// setup makes of the kernel's empty root what a node has.
+// setup adds what the kernel and systemd leave to others.
 func setup(r *guest.Report) error {
-	for _, m := range []struct{ kind, target string }{
-		{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/run"}, {"tmpfs", "/tmp"}, {"tmpfs", "/var/lib"},
-		{"cgroup2", "/sys/fs/cgroup"}, {"fusectl", "/sys/fs/fuse/connections"},
-	} {
+	for _, m := range []struct{ kind, target string }{{"tmpfs", "/tmp"}, {"tmpfs", "/var/lib"}, {"fusectl", "/sys/fs/fuse/connections"}} {
 		if err := os.MkdirAll(m.target, 0o755); err != nil {
 			return err
 		}
@@ -84,10 +84,7 @@ func setup(r *guest.Report) error {
 		return err
 	}
 	r.Kernel = unix.ByteSliceToString(name.Release[:])
-	if err := os.MkdirAll(births, 0o755); err != nil {
-		return err
-	}
-	return os.Symlink("/init", stand)
+	return os.MkdirAll(births, 0o755)
 }
 
 // send writes the report as one line.
@@ -128,12 +125,8 @@ func await(ctx context.Context, what string, ok func() (bool, error)) error {
 	}
 }
 
-const (
-	// births is where those write that stand in for nydusd.
-	births = "/run/births"
-	// stand is nydusd's place.
-	stand = "/bin/first"
-)
+// births is where those write that stand in for nydusd.
+const births = "/run/births"
 
 // first writes down what a process in nydusd's place sees, and becomes nydusd.
 func first() error {

@@ -23,54 +23,23 @@ import (
 const (
 	root   = "/var/lib/nydus-snapshotter"
 	runDir = "/run/nydus-snapshotter"
-	logOf  = "/tmp/snapshotter.log"
-	config = "/tmp/config.toml"
 )
 
-// settings are the snapshotter's. That an image is let go at once shows what is
-// left.
-const settings = `version = 1
-[daemon]
-nydusd_path = "` + stand + `"
-cgroup_parent = "` + guest.CgroupParent + `"
-recover_policy = "failover"
-[mount]
-idle_linger = "0s"
-[log]
-level = "debug"
-`
-
-// snapshotter is the running one.
-type snapshotter struct{ cmd *exec.Cmd }
-
-func startSnapshotter(ctx context.Context) (*snapshotter, error) {
-	if err := os.WriteFile(config, []byte(settings), 0o600); err != nil {
-		return nil, err
+// systemctl asks systemd, over its own socket: there is no D-Bus.
+func systemctl(ctx context.Context, args ...string) error {
+	if out, err := exec.CommandContext(ctx, "/bin/systemctl", args...).CombinedOutput(); err != nil {
+		status, _ := exec.CommandContext(ctx, "/bin/systemctl", "--no-pager", "status", guest.SnapshotterUnit, guest.EngineUnit).CombinedOutput()
+		return fmt.Errorf("systemctl %s: %w: %s: %s", strings.Join(args, " "), err, out, status)
 	}
-	log, err := os.Create(logOf)
-	if err != nil {
-		return nil, err
-	}
-	defer log.Close()
-	s := &snapshotter{exec.Command(guest.Snapshotter, "serve", "--config", config)}
-	s.cmd.Stdout, s.cmd.Stderr, s.cmd.Env = log, log, []string{"PATH=/bin"}
-	if err := s.cmd.Start(); err != nil {
-		return nil, err
-	}
-	socket := filepath.Join(runDir, "nydus-snapshotter.sock")
-	return s, await(ctx, "the snapshotter serves", func() (bool, error) {
-		_, err := os.Stat(socket)
-		return err == nil, nil
-	})
+	return nil
 }
 
-func (s *snapshotter) stop(r *guest.Report) error {
-	_ = s.cmd.Process.Signal(syscall.SIGTERM)
-	err := s.cmd.Wait()
-	text, _ := os.ReadFile(logOf)
-	r.Log = string(text[max(0, len(text)-8000):])
-	if err != nil {
-		return fmt.Errorf("the snapshotter: %w: %s", err, r.Log)
+// engine mounts both images, as containerd would.
+func engine() error {
+	for _, name := range []string{guest.Limited, guest.Other} {
+		if err := mount(name); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -81,8 +50,8 @@ type image struct {
 	files             map[string]string
 }
 
-// mount does what snapshotter and containerd do for a container of an image.
-func mount(ctx context.Context, name string, memory int64, cpu int) (*image, error) {
+// find describes an image.
+func find(name string) (*image, *mountspec.Spec, error) {
 	dir := filepath.Join(guest.Images, name)
 	var about guest.Image
 	text, err := os.ReadFile(filepath.Join(dir, "files.json"))
@@ -90,30 +59,40 @@ func mount(ctx context.Context, name string, memory int64, cpu int) (*image, err
 		err = json.Unmarshal(text, &about)
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	s, err := specOf(name, dir)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	s.Daemon.MemoryLimit, s.Daemon.CPULimit = memory, cpu
+	return &image{name: name, key: s.Instance, target: filepath.Join("/tmp/rootfs", name), files: about.Files}, s, nil
+}
+
+// mount does what snapshotter and containerd do for a container of an image.
+func mount(name string) error {
+	m, s, err := find(name)
+	if err != nil {
+		return err
+	}
+	if name == guest.Limited {
+		s.Daemon.MemoryLimit, s.Daemon.CPULimit = guest.MemoryLimit, guest.CPULimit
+	}
 	key, err := mountspec.KeyDir(mountspec.DefaultKeyDir).Ensure(root)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	option, err := mountspec.Encode(s, key)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	m := &image{name: name, key: s.Instance, target: filepath.Join("/tmp/rootfs", name), files: about.Files}
 	if err := os.MkdirAll(m.target, 0o755); err != nil {
-		return nil, err
+		return err
 	}
-	if out, err := exec.CommandContext(ctx, guest.Helper, s.SnapshotDir, m.target, "-o", option).CombinedOutput(); err != nil {
+	if out, err := exec.Command(filepath.Join(guest.Bin, "nydus-overlayfs"), s.SnapshotDir, m.target, "-o", option).CombinedOutput(); err != nil {
 		log, _ := os.ReadFile(filepath.Join(root, "instances", s.Instance, "nydusd.log"))
-		return nil, fmt.Errorf("mount %s: %w: %s: %s", name, err, out, log)
+		return fmt.Errorf("mount %s: %w: %s: %s", name, err, out, log)
 	}
-	return m, nil
+	return nil
 }
 
 func specOf(name, dir string) (*mountspec.Spec, error) {
@@ -135,7 +114,7 @@ func specOf(name, dir string) (*mountspec.Spec, error) {
 		Bootstrap: bootstrap, BootstrapDigest: digestOf(boot), FSVersion: "v6", SnapshotDir: filepath.Join(snapshots, "top"),
 		Kind: mountspec.KindRootfs, Image: "registry.test/" + name, Repository: filepath.Join(dir, "blobs"), Root: root, RunDir: runDir,
 		Driver: mountspec.DriverAuto,
-		Daemon: mountspec.Daemon{Path: stand, LogLevel: "info", Threads: 2, StartTimeout: time.Minute, CgroupParent: guest.CgroupParent},
+		Daemon: mountspec.Daemon{Path: guest.Stand, LogLevel: "info", Threads: 2, StartTimeout: time.Minute, CgroupParent: guest.CgroupParent},
 	}
 	s.CacheDir = mountspec.CacheDir(root, "", s.Repository)
 	s.Instance = mountspec.InstanceKey(s.BootstrapDigest, "", s.Repository, s.CacheDir)
@@ -185,7 +164,7 @@ func (m *image) starve(ctx context.Context) error {
 		return err
 	}
 	defer dir.Close()
-	cmd := exec.CommandContext(ctx, "/init", m.cgroup())
+	cmd := exec.CommandContext(ctx, guest.Init, m.cgroup())
 	cmd.Args[0] = "hog"
 	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
 	if out, err := cmd.CombinedOutput(); err != nil {

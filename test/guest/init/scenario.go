@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -35,22 +36,22 @@ func digestOf(text []byte) string {
 
 // scenario is what the guest is there for.
 func scenario(ctx context.Context, r *guest.Report) error {
-	limited, err := mount(ctx, guest.Limited, guest.MemoryLimit, guest.CPULimit)
+	if err := systemctl(ctx, "start", guest.SnapshotterUnit); err != nil {
+		return err
+	}
+	if err := systemctl(ctx, "start", guest.EngineUnit); err != nil {
+		return err
+	}
+	limited, _, err := find(guest.Limited)
 	if err != nil {
 		return err
 	}
-	other, err := mount(ctx, guest.Other, 0, 0)
+	other, _, err := find(guest.Other)
 	if err != nil {
 		return err
-	}
-	for dir, name := range map[string]string{"/": "", "/nydus.slice": "/nydus.slice", guest.CgroupParent: guest.CgroupParent} {
-		if r.Controllers == nil {
-			r.Controllers = map[string]string{}
-		}
-		r.Controllers[dir] = word("/sys/fs/cgroup" + name + "/cgroup.subtree_control")
 	}
 	watched := []*readers{read(limited, 3), read(other, 1)}
-	err = kill(ctx, r, limited, other, watched[0])
+	err = disturb(ctx, r, limited, other, watched[0])
 	for _, w := range watched {
 		w.end(r)
 	}
@@ -68,8 +69,8 @@ func scenario(ctx context.Context, r *guest.Report) error {
 	return err
 }
 
-// kill makes the limited image's daemon die, and waits for reads by its successor.
-func kill(ctx context.Context, r *guest.Report, limited, other *image, watched *readers) error {
+// disturb does what should disturb nobody who reads.
+func disturb(ctx context.Context, r *guest.Report, limited, other *image, watched *readers) error {
 	for _, m := range []*image{limited, other} {
 		if err := await(ctx, "the descriptor of "+m.name+" is kept", func() (bool, error) {
 			g, err := m.generation()
@@ -78,15 +79,50 @@ func kill(ctx context.Context, r *guest.Report, limited, other *image, watched *
 			return err
 		}
 	}
-	before, err := limited.generation()
-	if err != nil {
-		return err
-	}
 	beside, err := other.generation()
 	if err != nil {
 		return err
 	}
-	r.Killed, r.Served = before.PID, beside.PID
+	r.Served = beside.PID
+	// Whoever started the daemon is stopped with all that is in its cgroup.
+	for _, do := range [][]string{{"stop", guest.EngineUnit}, {"restart", guest.SnapshotterUnit}, {"daemon-reload"}} {
+		if err := manage(ctx, r, limited, do...); err != nil {
+			return err
+		}
+	}
+	if err := kill(ctx, r, limited, watched); err != nil {
+		return err
+	}
+	// Now the snapshotter has started the daemon.
+	for _, do := range [][]string{{"stop", guest.SnapshotterUnit}, {"daemon-reload"}, {"start", guest.SnapshotterUnit}} {
+		if err := manage(ctx, r, limited, do...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// manage does something to units, and writes down who serves before and after it.
+func manage(ctx context.Context, r *guest.Report, m *image, args ...string) error {
+	before, err := m.generation()
+	if err != nil {
+		return err
+	}
+	if err := systemctl(ctx, args...); err != nil {
+		return err
+	}
+	after, err := m.generation()
+	r.Units = append(r.Units, guest.Unit{Did: strings.Join(args, " "), Before: before.PID, After: after.PID})
+	return err
+}
+
+// kill makes the limited image's daemon die, and waits for reads by its successor.
+func kill(ctx context.Context, r *guest.Report, limited *image, watched *readers) error {
+	before, err := limited.generation()
+	if err != nil {
+		return err
+	}
+	r.Killed = before.PID
 	if err := limited.starve(ctx); err != nil {
 		return err
 	}
@@ -97,13 +133,18 @@ func kill(ctx context.Context, r *guest.Report, limited, other *image, watched *
 		return err
 	}
 	since := watched.reads.Load()
-	// One that began before the kill may end after it.
+	// One of each reader may have begun before the kill.
 	err = await(ctx, "the successor is read from", func() (bool, error) { return watched.reads.Load() > since+enough || watched.wrong.Load() > 0, nil })
-	r.ReadsAfter = int(watched.reads.Load()-since) - 3
+	r.ReadsAfter = int(watched.reads.Load()-since) - watched.count
 	return err
 }
 
 func collect(r *guest.Report, limited, other *image) (err error) {
+	r.Controllers = map[string]string{}
+	for _, dir := range []string{"/", "/nydus.slice", guest.CgroupParent} {
+		r.Controllers[dir] = word(filepath.Join("/sys/fs/cgroup", dir, "cgroup.subtree_control"))
+	}
+	r.MemoryMax, r.CPUMax = word(filepath.Join(limited.cgroup(), "memory.max")), word(filepath.Join(limited.cgroup(), "cpu.max"))
 	if r.Born, err = limited.born(); err != nil {
 		return err
 	}
@@ -131,6 +172,7 @@ func collect(r *guest.Report, limited, other *image) (err error) {
 // readers read an image's files again and again, past the page cache.
 type readers struct {
 	image        *image
+	count        int
 	stop         chan struct{}
 	all          sync.WaitGroup
 	reads, wrong atomic.Int64
@@ -141,7 +183,7 @@ type readers struct {
 }
 
 func read(m *image, n int) *readers {
-	r := &readers{image: m, stop: make(chan struct{})}
+	r := &readers{image: m, count: n, stop: make(chan struct{})}
 	for range n {
 		r.all.Go(func() {
 			tick := time.NewTicker(pause)
