@@ -75,6 +75,10 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	if err := setupLog(cfg.Log); err != nil {
 		return err
 	}
+	nydusd, err := newNydusd(cfg)
+	if err != nil {
+		return err
+	}
 	lock, err := lockRoot(cfg.Root)
 	if err != nil {
 		return err
@@ -84,7 +88,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	if err != nil {
 		return err
 	}
-	sn, err := snapshot.New(ctx, snapshotOptions(cfg, key))
+	sn, err := snapshot.New(ctx, snapshotOptions(cfg, key, nydusd))
 	if err != nil {
 		return err
 	}
@@ -114,7 +118,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	done.Go(func() { keepRunning(background, "daemons that die are not replaced", recoverer.Run) })
 	defer func() { stop(); done.Wait() }()
 
-	nydusdOf{cfg.Daemon}.warn(ctx)
+	nydusd.warn(ctx)
 	log.G(ctx).WithFields(log.Fields{"version": version, "root": cfg.Root, "address": cfg.Address, "style": cfg.Mount.Style}).Info("serving")
 	return answer(ctx, server, listener)
 }

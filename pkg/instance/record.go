@@ -73,6 +73,11 @@ type Generation struct {
 	// Nydusd is the executable, Cgroup the parent of its cgroup.
 	Nydusd string `json:"nydusd"`
 	Cgroup string `json:"cgroup,omitempty"`
+	// MemoryLimit is the most it may use there in bytes, CPULimit in thousandths
+	// of a core; Unmet says which of them is not in force, and why.
+	MemoryLimit int64    `json:"memory_limit,omitempty"`
+	CPULimit    int      `json:"cpu_limit,omitempty"`
+	Unmet       []string `json:"unmet,omitempty"`
 	// Started is when the daemon was started.
 	Started time.Time `json:"started"`
 }

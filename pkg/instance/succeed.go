@@ -137,6 +137,9 @@ func (s *Succession) Start(path string) (p *nydusd.Process, socket string, err e
 		Path: path, Successor: true, Supervisor: g.Supervisor, ID: cgroupOf(key, g).Name, Mountpoint: g.Mountpoint, Socket: socket,
 		Log: log, LogLevel: g.LogLevel, Threads: g.Threads, OOMScoreAdj: g.OOMScoreAdj, Cgroup: cgroupOf(key, g),
 	})
+	if err == nil {
+		warn(log, p)
+	}
 	return p, socket, err
 }
 
@@ -173,6 +176,10 @@ func Retire(ctx context.Context, runDir, key string, generation int) (err error)
 	}
 	return i.retire()
 }
+
+// OOMKills counts the processes of a generation that were killed because it had
+// reached its memory limit.
+func OOMKills(key string, g Generation) (int, error) { return cgroupOf(key, g).OOMKills() }
 
 // Restart replaces an instance whose daemon has ended and cannot be succeeded: the
 // dead mount is taken off, and a new daemon started so that the next mount finds
@@ -227,5 +234,6 @@ func (r *Record) spec(g Generation, runDir, config string, timeout time.Duration
 	}
 	s.Daemon.Path, s.Daemon.Threads, s.Daemon.LogLevel = g.Nydusd, g.Threads, g.LogLevel
 	s.Daemon.OOMScoreAdj, s.Daemon.CgroupParent, s.Daemon.StartTimeout = g.OOMScoreAdj, g.Cgroup, timeout
+	s.Daemon.MemoryLimit, s.Daemon.CPULimit = g.MemoryLimit, g.CPULimit
 	return s
 }

@@ -66,8 +66,9 @@ type Process struct {
 	StartTime uint64
 	// FD is a pidfd: readable once the process has ended.
 	FD int
-	// Warnings say what could not be arranged although the daemon runs.
-	Warnings []string
+	// Warnings say what could not be arranged although the daemon runs, Unmet
+	// those of them that tell of a limit that is not in force.
+	Warnings, Unmet []string
 }
 
 // Start starts the daemon and does not wait for it. It outlives its starter.
@@ -115,9 +116,8 @@ func start(c Command) (*Process, error) {
 	}
 	p := &Process{FD: -1}
 	attr := &syscall.SysProcAttr{Setsid: true, PidFD: &p.FD}
-	done, warnings := c.Cgroup.enter(attr)
-	defer done()
-	p.Warnings = warnings
+	place := c.Cgroup.enter(attr)
+	defer place.close()
 
 	files := []*os.File{null, c.Log, c.Log}
 	if c.CacheLock != nil {
@@ -126,15 +126,13 @@ func start(c Command) (*Process, error) {
 	attrs := &os.ProcAttr{Dir: "/", Env: environment(os.Environ()), Files: files, Sys: attr}
 	proc, err := os.StartProcess(c.Path, c.args(), attrs)
 	if err != nil && attr.UseCgroupFD {
-		// The kernel may not let it in, for example into a threaded cgroup.
-		attr.UseCgroupFD = false
-		p.Warnings = append(p.Warnings, fmt.Sprintf("start within a cgroup of its own: %v", err))
+		place.refused(err)
 		proc, err = os.StartProcess(c.Path, c.args(), attrs)
 	}
 	if err != nil {
 		return nil, explain(err)
 	}
-	p.PID = proc.Pid
+	p.PID, p.Warnings, p.Unmet = proc.Pid, place.warnings, place.unmet
 	p.limits(c.OOMScoreAdj)
 	// Nobody has reaped it, so it is there even if it has ended already.
 	if p.StartTime, err = startTime(p.PID); err == nil && p.FD < 0 {

@@ -28,6 +28,8 @@ type follower struct {
 	// have lived for a short time only; since is when the present one was met.
 	failures, short int
 	since           time.Time
+	// ooms is how many were killed at their memory limit before the present one.
+	ooms int
 
 	mu      sync.Mutex
 	custody *custody.Custody
@@ -41,6 +43,7 @@ type follower struct {
 // run returns when the generation has ended or was given up, or at the end of ctx.
 func (f *follower) run(ctx context.Context) {
 	defer f.drop()
+	f.reportUnmet()
 	for ctx.Err() == nil {
 		var how string
 		p, err := nydusd.Find(f.g.PID, f.g.StartTime)
@@ -50,7 +53,7 @@ func (f *follower) run(ctx context.Context) {
 			continue
 		}
 		if p != nil {
-			f.since = time.Now()
+			f.since, f.ooms = time.Now(), f.oomKills()
 			ended := f.attend(ctx, p)
 			how = p.Exit()
 			_ = p.Close()
@@ -63,6 +66,23 @@ func (f *follower) run(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// reportUnmet says which limits the daemon runs without.
+func (f *follower) reportUnmet() {
+	for _, what := range f.g.Unmet {
+		f.log.Warn("a limit of nydusd is not in force", "event", "limit", "pid", f.g.PID, "reason", what)
+	}
+}
+
+// oomKills counts the daemons of the generation that were killed at their memory
+// limit.
+func (f *follower) oomKills() int {
+	n, err := instance.OOMKills(f.rec.Key, f.g)
+	if err != nil {
+		f.log.Warn("look whether nydusd was killed for memory", "error", err)
+	}
+	return n
 }
 
 // attend waits for the daemon's end, and meanwhile sees to it that what a successor
@@ -163,7 +183,11 @@ func (f *follower) ended(ctx context.Context, how string) (further bool) {
 	if f.finished(ctx) {
 		return false
 	}
-	f.log.Warn("nydusd has died", "event", "death", "pid", f.g.PID, "exit", how, "kept", f.kept() != nil)
+	cause := "unknown"
+	if f.oomKills() > f.ooms {
+		cause = "killed at its memory limit"
+	}
+	f.log.Warn("nydusd has died", "event", "death", "pid", f.g.PID, "exit", how, "cause", cause, "kept", f.kept() != nil)
 	if err := f.endOrphans(); err != nil {
 		f.log.Error("end a successor that was left half way", "error", err)
 		wait(ctx, again)
@@ -326,6 +350,7 @@ func (f *follower) recover(ctx context.Context, s *instance.Succession, started 
 	}
 	f.failures = 0
 	f.served()
+	f.reportUnmet()
 	f.log.Info("nydusd was succeeded", "event", "takeover", "pid", f.g.PID, "restarts", f.g.Restarts, "took", time.Since(started))
 	return true
 }

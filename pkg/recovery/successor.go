@@ -52,6 +52,7 @@ func (n *successor) take(ctx context.Context, c *custody.Custody, change func(fu
 	change(func(g *instance.Generation) {
 		g.PID, g.StartTime, g.Socket, g.Nydusd, g.Kept = n.p.PID, n.p.StartTime, n.socket, n.path, true
 		g.Restarts++
+		g.Unmet = n.p.Unmet
 	})
 	return n.p.Close()
 }

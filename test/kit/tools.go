@@ -21,6 +21,8 @@ type Tools struct {
 	Registry        string // docker-registry
 	MountFuse       string // mount.fuse3 or mount.fuse
 	FixtureDebs     string // directory of the Debian packages of the image fixture
+	Qemu            string // qemu-system-x86_64
+	GuestKernel     string // directory of a Linux for it: vmlinuz, and overlay.ko.xz
 	Cache           string // the tool cache itself; fixtures are kept there too
 }
 
@@ -52,6 +54,7 @@ func FindTools() (Tools, error) {
 		"CONTAINERD_BIN": &tools.ContainerdBin, "CONTAINERD16_BIN": &tools.Containerd16Bin,
 		"RUNC": &tools.Runc, "REGISTRY": &tools.Registry,
 		"MOUNT_FUSE": &tools.MountFuse, "FIXTURE_DEBS": &tools.FixtureDebs,
+		"QEMU": &tools.Qemu, "GUEST_KERNEL": &tools.GuestKernel,
 	} {
 		*dst = vars[name]
 		if *dst == "" {
