@@ -138,6 +138,8 @@ type Instance struct {
 	// started says that this handle's Ensure made the current generation
 	// reachable: it was not when it came.
 	started bool
+	// hang is how long a filesystem may take to answer.
+	hang time.Duration
 }
 
 // errGone says that the instance does not exist, errLocked that somebody else
