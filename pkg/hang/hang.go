@@ -28,14 +28,17 @@ type Config struct {
 	// Asker asks all daemons every AskEvery; zero for the default, half a minute.
 	Asker    Asker
 	AskEvery time.Duration
-	Log      *slog.Logger
+	// StuckAfter is how long a daemon may stand still that was not stopped; zero for
+	// the default. One that waits for a registry runs again when a request has timed
+	// out.
+	StuckAfter time.Duration
+	Log        *slog.Logger
 }
 
 const (
 	askEvery = 30 * time.Second
-	// stuckAfter is how long a daemon may stand still that was not stopped. One that
-	// waits for a registry runs again when a request has timed out, see package
-	// nydusd: after 35 seconds.
+	// stuckAfter is more than the 35 seconds after which a request times out by the
+	// configuration that package nydusd writes.
 	stuckAfter = 45 * time.Second
 	// looks is how often a daemon is looked at within Timeout, maxLook bounds the
 	// time between.
@@ -60,6 +63,9 @@ type Watch struct {
 func New(cfg Config) *Watch {
 	if cfg.AskEvery == 0 {
 		cfg.AskEvery = askEvery
+	}
+	if cfg.StuckAfter == 0 {
+		cfg.StuckAfter = stuckAfter
 	}
 	return &Watch{
 		cfg: cfg, records: newRecords(cfg.RunDir), seen: map[string]*daemon{},
@@ -97,7 +103,7 @@ func (w *Watch) Run(ctx context.Context) (err error) {
 	defer w.all.Wait()
 	defer cancel()
 	// That a daemon hangs makes no event.
-	tick := time.NewTicker(min(w.cfg.Timeout/looks, maxLook))
+	tick := time.NewTicker(w.every())
 	defer tick.Stop()
 	round := time.NewTimer(w.cfg.AskEvery)
 	defer round.Stop()
@@ -118,6 +124,9 @@ func (w *Watch) Run(ctx context.Context) (err error) {
 		}
 	}
 }
+
+// every is how often daemons are looked at.
+func (w *Watch) every() time.Duration { return min(w.cfg.Timeout/looks, maxLook) }
 
 // look looks at every daemon once.
 func (w *Watch) look(ctx context.Context) {
@@ -177,7 +186,9 @@ func (w *Watch) judge(ctx context.Context, d *daemon, now time.Time) {
 		return
 	}
 	defer p.Close()
-	cause := d.hangs(p, now, w.cfg.Timeout)
+	// Somewhat early, or a look that comes somewhat early would leave it to the next.
+	early := w.every() / 2
+	cause := d.hangs(p, now, w.cfg.Timeout-early, max(w.cfg.Timeout, w.cfg.StuckAfter)-early)
 	if cause == "" {
 		return
 	}
@@ -191,7 +202,7 @@ func (w *Watch) judge(ctx context.Context, d *daemon, now time.Time) {
 
 // hangs says why a daemon, for which somebody waits, counts as hung; empty when it
 // does not.
-func (d *daemon) hangs(p *nydusd.Process, now time.Time, timeout time.Duration) string {
+func (d *daemon) hangs(p *nydusd.Process, now time.Time, timeout, stuck time.Duration) string {
 	if p.Stopped() {
 		d.ran = now
 		if now.Sub(d.good) < timeout {
@@ -204,7 +215,7 @@ func (d *daemon) hangs(p *nydusd.Process, now time.Time, timeout time.Duration) 
 	if err != nil || turns != d.turns {
 		d.turns, d.ran = turns, now
 	}
-	if still := now.Sub(d.ran); still >= max(timeout, stuckAfter) {
+	if still := now.Sub(d.ran); still >= stuck {
 		return fmt.Sprintf("it is stuck: none of its threads has run for %s", still.Round(time.Second))
 	}
 	return ""
