@@ -130,6 +130,13 @@ func diskDirOf(root, key string) diskDir {
 func (d diskDir) bootstrap() string { return filepath.Join(string(d), "bootstrap") }
 func (d diskDir) log() string       { return filepath.Join(string(d), "nydusd.log") }
 
+// LogPath is where the daemons of an instance write.
+func LogPath(r *Record) string { return diskDirOf(r.Root, r.Key).log() }
+
+// ConfigPath is the configuration that a generation's daemon was started with: a
+// secret.
+func ConfigPath(g Generation) string { return genDir(filepath.Dir(g.Mountpoint)).config() }
+
 // Instance is an instance whose lock is held.
 type Instance struct {
 	dir  dir
