@@ -21,6 +21,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
+	"github.com/nydusfs/nydus-snapshotter/pkg/probe"
 )
 
 // version is set by the linker.
@@ -28,6 +29,7 @@ var version = "devel"
 
 const usage = `Usage: nydus-shim-hook [OPTIONS] createRuntime|poststop
        nydus-shim-hook holder SOCKET
+       nydus-shim-hook probe
 
 An OCI runtime hook; reads the container's state, JSON, from standard input.
 
@@ -39,6 +41,7 @@ An OCI runtime hook; reads the container's state, JSON, from standard input.
 And, started by the snapshotter:
 
   holder          keep what a successor of a nydusd needs, until nothing is left
+  probe           ask filesystems whether they answer
 
 Options:
 `
@@ -77,8 +80,11 @@ func run(args []string, in io.Reader, out io.Writer) error {
 		_, err := fmt.Fprintf(out, "nydus-shim-hook %s\n", version)
 		return err
 	}
+	if flags.NArg() == 1 && flags.Arg(0) == probe.Command {
+		return probe.Serve(in, out, func() { os.Exit(0) })
+	}
 	if flags.NArg() == 2 && flags.Arg(0) == probeCommand {
-		os.Exit(probe(flags.Arg(1)))
+		os.Exit(lookUp(flags.Arg(1)))
 	}
 	if flags.NArg() == 2 && flags.Arg(0) == holderCommand {
 		return hold(context.Background(), flags.Arg(1))

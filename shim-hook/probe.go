@@ -15,7 +15,7 @@ import (
 )
 
 // probeCommand makes this program ask a filesystem, see ask.
-const probeCommand = "probe"
+const probeCommand = "look-up"
 
 // ask makes the image beneath rootfs answer, in a child process: a daemon that
 // hangs would keep the asking thread for ever.
@@ -56,10 +56,10 @@ func ask(ctx context.Context, rootfs string) error {
 	return unix.Errno(state.ExitCode())
 }
 
-// probe looks up a name that nobody has asked for before, so that no cache can
+// lookUp looks up a name that nobody has asked for before, so that no cache can
 // answer: the lookup reaches every layer, the image's daemon last. It returns
 // the exit status: 0, or the error number.
-func probe(rootfs string) int {
+func lookUp(rootfs string) int {
 	name := filepath.Join(rootfs, fmt.Sprintf(".nydus-probe-%s-%d", rand.Text(), time.Now().UnixNano()))
 	var st unix.Stat_t
 	err := unix.Lstat(name, &st)

@@ -20,8 +20,10 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
+	"github.com/nydusfs/nydus-snapshotter/pkg/hang"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
+	"github.com/nydusfs/nydus-snapshotter/pkg/probe"
 	"github.com/nydusfs/nydus-snapshotter/pkg/recovery"
 	"github.com/nydusfs/nydus-snapshotter/pkg/snapshot"
 )
@@ -116,6 +118,10 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	var done sync.WaitGroup
 	done.Go(func() { keepRunning(background, "unused images are not released", reconciler.Run) })
 	done.Go(func() { keepRunning(background, "daemons that die are not replaced", recoverer.Run) })
+	hung := hang.New(hang.Config{
+		RunDir: cfg.RunDir, Timeout: cfg.Daemon.HangTimeout, Asker: &probe.Prober{Program: spare.program}, Log: slog.Default(),
+	})
+	done.Go(func() { keepRunning(background, "daemons that hang are not noticed", hung.Run) })
 	defer func() { stop(); done.Wait() }()
 
 	nydusd.warn(ctx)

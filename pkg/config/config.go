@@ -47,6 +47,9 @@ type Daemon struct {
 	Threads int `toml:"threads"`
 	// StartTimeout bounds the time from exec to a filesystem that answers.
 	StartTimeout time.Duration `toml:"start_timeout"`
+	// HangTimeout is how long a daemon may be stopped, or stuck, while somebody
+	// waits for it.
+	HangTimeout time.Duration `toml:"hang_timeout"`
 	// OOMScoreAdj is -1000 to 1000.
 	OOMScoreAdj int `toml:"oom_score_adj"`
 	// CgroupParent is an absolute path within the cgroup hierarchy, or empty.
@@ -141,6 +144,7 @@ func Default() Config {
 		Daemon: Daemon{
 			LogLevel:     "info",
 			StartTimeout: 20 * time.Second,
+			HangTimeout:  10 * time.Second,
 			OOMScoreAdj:  mountspec.DefaultOOMScoreAdj,
 			CgroupParent: mountspec.DefaultCgroupParent,
 

@@ -29,6 +29,8 @@ const (
 
 	maxThreads      = 1024
 	maxStartTimeout = 10 * time.Minute
+	minHangTimeout  = time.Second
+	maxHangTimeout  = time.Hour
 	maxLinger       = 24 * time.Hour
 )
 
@@ -134,6 +136,7 @@ func (v *validator) daemon(d Daemon) {
 	}
 	v.oneOf("daemon.recover_policy", string(d.RecoverPolicy), string(RecoverNone), string(RecoverRestart), string(RecoverFailover))
 	v.between("daemon.start_timeout", d.StartTimeout, 100*time.Millisecond, maxStartTimeout)
+	v.between("daemon.hang_timeout", d.HangTimeout, minHangTimeout, maxHangTimeout)
 	if d.OOMScoreAdj < -1000 || d.OOMScoreAdj > 1000 {
 		v.fail("daemon.oom_score_adj", "is %d, want -1000 to 1000", d.OOMScoreAdj)
 	}

@@ -18,6 +18,10 @@ import (
 // DefaultStartTimeout bounds a daemon's start when the spec does not.
 const DefaultStartTimeout = 10 * time.Second
 
+// DefaultHangTimeout is how long an instance that serves others may take to answer
+// when the spec does not say. Its threads may all be waiting for a slow registry.
+const DefaultHangTimeout = 10 * time.Second
+
 // retireWait is how long a daemon whose last mount is just going away may take
 // until a successor that cannot share its cache directory gives up waiting.
 const retireWait = 2 * time.Second
@@ -55,14 +59,19 @@ func Ensure(ctx context.Context, s Spec) (*Instance, error) {
 	if s.Daemon.StartTimeout <= 0 {
 		s.Daemon.StartTimeout = DefaultStartTimeout
 	}
+	if s.Daemon.HangTimeout <= 0 {
+		s.Daemon.HangTimeout = DefaultHangTimeout
+	}
 	if err := SetupRunDir(s.RunDir); err != nil {
 		return nil, err
 	}
-	// Others that start the same image hold the lock for at most one start each.
-	i, err := open(ctx, dirOf(s.RunDir, s.Key), openCreate, s.Daemon.StartTimeout+retireWait+DefaultStartTimeout)
+	// Others that mount the same image hold the lock for at most one question and
+	// one start each.
+	i, err := open(ctx, dirOf(s.RunDir, s.Key), openCreate, s.Daemon.StartTimeout+retireWait+s.Daemon.HangTimeout)
 	if err != nil {
 		return nil, err
 	}
+	i.hang = s.Daemon.HangTimeout
 	if err := i.ensure(ctx, s); err != nil {
 		return nil, errors.Join(fmt.Errorf("image %s (instance %s): %w", s.Image, s.Key, err), i.Close())
 	}
@@ -106,10 +115,6 @@ func (i *Instance) note(format string, args ...any) {
 	}
 }
 
-// askTimeout is how long an instance that serves others may take to answer. Its
-// threads may all be waiting for a slow registry.
-const askTimeout = 10 * time.Second
-
 // serves tells whether the current generation can take a new mount. One that
 // fails, or that was stopped, is marked as failed: what lies on it stays, and
 // hangs or fails, but nothing new is mounted on it. One that is only busy, as
@@ -120,7 +125,7 @@ func (i *Instance) serves(ctx context.Context) (bool, error) {
 	if g == nil || !g.Ready || g.Failed {
 		return false, nil
 	}
-	err := within(ctx, askTimeout, func() error { return answers(g) })
+	err := within(ctx, i.hang, func() error { return answers(g) })
 	switch {
 	case err == nil:
 		return true, nil

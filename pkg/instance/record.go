@@ -138,6 +138,13 @@ func diskDirOf(root, key string) diskDir {
 func (d diskDir) bootstrap() string { return filepath.Join(string(d), "bootstrap") }
 func (d diskDir) log() string       { return filepath.Join(string(d), "nydusd.log") }
 
+// LogPath is where the daemons of an instance write.
+func LogPath(r *Record) string { return diskDirOf(r.Root, r.Key).log() }
+
+// ConfigPath is the configuration that a generation's daemon was started with: a
+// secret.
+func ConfigPath(g Generation) string { return genDir(filepath.Dir(g.Mountpoint)).config() }
+
 // Instance is an instance whose lock is held.
 type Instance struct {
 	dir  dir
@@ -146,6 +153,8 @@ type Instance struct {
 	// started says that this handle's Ensure made the current generation
 	// reachable: it was not when it came.
 	started bool
+	// hang is how long a filesystem may take to answer.
+	hang time.Duration
 }
 
 // errGone says that the instance does not exist, errLocked that somebody else

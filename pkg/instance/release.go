@@ -28,13 +28,13 @@ func (i *Instance) Use(ctx context.Context, target, upper string, mount func() e
 		return err
 	}
 	// The kernel asks each layer's filesystem when it mounts an overlay.
-	if err := within(ctx, askTimeout, mount); errors.Is(err, errNoAnswer) {
+	if err := within(ctx, i.hang, mount); errors.Is(err, errNoAnswer) {
 		return fmt.Errorf("mount on %s: %w; it may be made yet", target, err) // so the user stays
 	} else if err != nil {
 		return errors.Join(err, i.dropUser(target))
 	}
-	var st unix.Stat_t
-	if err := unix.Stat(target, &st); err != nil {
+	st := new(unix.Stat_t) // its own, should the call be left behind
+	if err := within(ctx, i.hang, func() error { return unix.Stat(target, st) }); err != nil {
 		err = fmt.Errorf("check the new root filesystem: %w", &os.PathError{Op: "stat", Path: target, Err: err})
 		return errors.Join(err, rootfs.Detach(target), i.dropUser(target))
 	}
@@ -454,7 +454,7 @@ func (i *Instance) reattach(ctx context.Context) (bool, error) {
 		if g.Failed {
 			continue
 		}
-		ok, err := rebind(ctx, x, g)
+		ok, err := i.rebind(ctx, x, g)
 		if err != nil {
 			// It would not answer the next mount either.
 			i.rec.Retired[n].Failed = true
@@ -476,7 +476,7 @@ func (i *Instance) reattach(ctx context.Context) (bool, error) {
 // rebind mounts g's filesystem at its mountpoint again, from wherever else it
 // is mounted. Not succeeding is normal: that mount, and the daemon, may go away at
 // any moment. An error says that the filesystem does not answer.
-func rebind(ctx context.Context, x *mountIndex, g Generation) (bool, error) {
+func (i *Instance) rebind(ctx context.Context, x *mountIndex, g Generation) (bool, error) {
 	p, err := nydusd.Find(g.PID, g.StartTime)
 	if err != nil || p == nil {
 		return false, nil
@@ -492,7 +492,7 @@ func rebind(ctx context.Context, x *mountIndex, g Generation) (bool, error) {
 		if rootfs.Bind(m.Target, g.Mountpoint, nil) != nil {
 			continue
 		}
-		ok, err := proven(ctx, p, g)
+		ok, err := i.proven(ctx, p, g)
 		if ok {
 			return true, nil
 		}
@@ -508,12 +508,12 @@ func rebind(ctx context.Context, x *mountIndex, g Generation) (bool, error) {
 // its filesystem is gone: the daemon's connection is looked at last, because
 // while that exists the number is still its. An error says that it is there and
 // does not answer.
-func proven(ctx context.Context, p *nydusd.Process, g Generation) (bool, error) {
+func (i *Instance) proven(ctx context.Context, p *nydusd.Process, g Generation) (bool, error) {
 	m, ok, err := rootfs.Lookup(g.Mountpoint)
 	if err != nil || !ok || m.Dev != g.Dev {
 		return false, nil
 	}
-	if err := askWithin(ctx, g.Mountpoint, askTimeout); errors.Is(err, errNoAnswer) {
+	if err := askWithin(ctx, g.Mountpoint, i.hang); errors.Is(err, errNoAnswer) {
 		return false, err
 	} else if err != nil {
 		return false, nil
@@ -619,6 +619,9 @@ func Keys(runDir string) ([]string, error) {
 	}
 	return keys, nil
 }
+
+// RecordPath is where an instance's record is. Each version of it is another file.
+func RecordPath(runDir, key string) string { return dirOf(runDir, key).record() }
 
 // ReadRecord reads an instance's record without its lock: it is as of some
 // moment. The error wraps fs.ErrNotExist when there is none.

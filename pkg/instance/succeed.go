@@ -177,9 +177,11 @@ func Retire(ctx context.Context, runDir, key string, generation int) (err error)
 	return i.retire()
 }
 
-// OOMKills counts the processes of a generation that were killed because it had
-// reached its memory limit.
-func OOMKills(key string, g Generation) (int, error) { return cgroupOf(key, g).OOMKills() }
+// ConfigPaths lists the configurations, secrets, of what a generation's daemon
+// serves.
+func ConfigPaths(runDir string, g Generation) []string {
+	return []string{ConfigPath(g)}
+}
 
 // Restart replaces an instance whose daemon has ended and cannot be succeeded: the
 // dead mount is taken off, and a new daemon started so that the next mount finds

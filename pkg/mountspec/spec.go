@@ -109,6 +109,9 @@ type Daemon struct {
 	Threads int `json:"threads,omitempty"`
 	// StartTimeout bounds the time from exec to a filesystem that answers.
 	StartTimeout time.Duration `json:"start_timeout,omitempty"`
+	// HangTimeout bounds how long one that serves others already may take to
+	// answer before it counts as hung.
+	HangTimeout time.Duration `json:"hang_timeout,omitempty"`
 	// OOMScoreAdj is the daemon's; see proc_pid_oom_score_adj(5).
 	OOMScoreAdj int `json:"oom_score_adj,omitempty"`
 	// CgroupParent is the cgroup below which daemons live, for example

@@ -182,6 +182,16 @@ func OriginOf(config string) (Origin, error) {
 	return o, err
 }
 
+// BackendOf returns the type of a configuration's backend and its settings, among
+// which there may be secrets.
+func BackendOf(config string) (kind string, settings map[string]any, err error) {
+	_, err = edit(config, func(d parsed) error {
+		kind, settings = d.kind, d.backend
+		return nil
+	})
+	return kind, settings, err
+}
+
 // holdsSecret looks for the settings that let somebody in. A URL may hold a
 // password.
 func holdsSecret(backend map[string]any) bool {

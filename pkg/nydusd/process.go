@@ -283,10 +283,11 @@ func (p *Process) killGroup() error {
 	return err
 }
 
-// Abandon makes a daemon end whose filesystem is gone, and does not wait for it.
+// Abandon makes a daemon end whose filesystem is gone, or that hangs, and does not
+// wait for it.
 func (p *Process) Abandon() error {
 	if err := unix.PidfdSendSignal(p.FD, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		return fmt.Errorf("kill nydusd %d, which serves nobody any more: %w", p.PID, err)
+		return fmt.Errorf("kill nydusd %d, which serves nobody: %w", p.PID, err)
 	}
 	return nil
 }
@@ -445,6 +446,32 @@ const rssField = 24 - 3
 func (p *Process) Stopped() bool {
 	fields, err := stat(p.PID)
 	return err == nil && (fields[0] == "T" || fields[0] == "t")
+}
+
+// Turns counts how often the process's threads have given up the processor or
+// had it taken away: while it stays the same, none of them runs.
+func (p *Process) Turns() (uint64, error) {
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", p.PID))
+	if err != nil {
+		return 0, err
+	}
+	var sum uint64
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if isGone(err) {
+			continue // that thread has ended
+		}
+		if err != nil {
+			return 0, fmt.Errorf("look at the threads of process %d: %w", p.PID, err)
+		}
+		for _, line := range strings.Split(string(text), "\n") {
+			if name, value, _ := strings.Cut(line, ":"); strings.HasSuffix(name, "voluntary_ctxt_switches") {
+				n, _ := strconv.ParseUint(strings.TrimSpace(value), 10, 64)
+				sum += n
+			}
+		}
+	}
+	return sum, nil
 }
 
 // Exit describes how the process has ended, reaping it when it is a child of ours;

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/health"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/client"
@@ -28,6 +29,12 @@ type follower struct {
 	// have lived for a short time only; since is when the present one was met.
 	failures, short int
 	since           time.Time
+	// health tells whether the present one is broken, which broken says was
+	// reported; left that nothing more can be done about it.
+	health       *health.Log
+	broken, left bool
+	// wake says that what a successor needs may have changed.
+	wake chan struct{}
 	// ooms is how many were killed at their memory limit before the present one.
 	ooms int
 
@@ -95,18 +102,81 @@ func (f *follower) attend(ctx context.Context, p *nydusd.Process) bool {
 		ended <- p.WaitContext(ctx)
 		cancel() // whatever is being asked of it
 	}()
+	f.health, f.broken = health.Follow(instance.LogPath(f.rec), 0), false
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
 	for pause := again; ; pause = min(2*pause, lastAgain) {
 		timer := time.NewTimer(pause)
 		if f.keep(ctx, p) {
 			timer.Stop() // nothing is left to try
 		}
-		select {
-		case ok := <-ended:
-			timer.Stop()
-			return ok
-		case <-timer.C:
+	waiting:
+		for {
+			select {
+			case ok := <-ended:
+				timer.Stop()
+				return ok
+			case <-timer.C:
+				break waiting
+			case <-f.wake:
+				timer.Stop()
+				pause = again
+				break waiting
+			case <-look.C:
+				f.look(ctx)
+			}
 		}
 	}
+}
+
+// lookEvery is how often it is looked whether a daemon is broken: what it writes
+// makes no event that would be cheaper.
+const lookEvery = 5 * time.Second
+
+// look looks whether the daemon serves errors although it says that it runs, and
+// replaces one that does once another would do better.
+func (f *follower) look(ctx context.Context) {
+	fault, err := f.health.Broken()
+	if err != nil {
+		f.log.Warn("look whether nydusd is broken", "error", err)
+	}
+	if fault == nil || f.left {
+		return
+	}
+	if !f.broken {
+		f.broken = true
+		f.log.Error("nydusd serves errors; it is replaced once its registry answers", "event", "broken", "pid", f.g.PID, "error", fault)
+	}
+	if f.kept() == nil {
+		f.leave(ctx)
+		return
+	}
+	if !f.answered(ctx, fault) {
+		return // asked again at the next look
+	}
+	done, err := Upgrade{RunDir: f.r.cfg.RunDir, StartTimeout: f.r.cfg.StartTimeout}.Run(ctx, f.rec.Key, f.g.Number)
+	if err != nil {
+		f.log.Error("replace a nydusd that is broken", "event", "takeover failed", "error", err)
+		return
+	}
+	f.log.Info("nydusd was broken and is succeeded: its registry answers again", "event", "takeover", "pid", done.After, "took", done.Stall)
+}
+
+// answered tells whether one of the backends answers that may have the blobs.
+func (f *follower) answered(ctx context.Context, fault *health.Fault) bool {
+	for _, config := range instance.ConfigPaths(f.r.cfg.RunDir, f.g) {
+		if health.Answers(ctx, config, fault.Blobs) == nil {
+			return true
+		}
+	}
+	return false
+}
+
+// leave takes a broken daemon that cannot be succeeded out of use for what comes.
+func (f *follower) leave(ctx context.Context) {
+	f.left = true
+	f.change(ctx, func(g *instance.Generation) { g.Failed = true })
+	f.log.Error("nydusd is broken and cannot be succeeded: its containers fail until they are started anew, which get another", "event", "left", "pid", f.g.PID)
 }
 
 // keep takes what a successor needs from the living daemon, and tells whether that

@@ -175,7 +175,7 @@ func (r *Recovery) follow(ctx context.Context, all *sync.WaitGroup, rec *instanc
 	if _, ok := r.followed[name]; ok {
 		return
 	}
-	f := &follower{r: r, name: name, rec: rec, g: g, log: r.cfg.Log.With("instance", rec.Key, "generation", g.Number, "image", rec.Image)}
+	f := &follower{r: r, name: name, rec: rec, g: g, wake: make(chan struct{}, 1), log: r.cfg.Log.With("instance", rec.Key, "generation", g.Number, "image", rec.Image)}
 	r.followed[name] = f
 	all.Go(func() {
 		f.run(ctx)

@@ -24,12 +24,13 @@ var forbidden = []struct {
 	{
 		program: "./mount-helper",
 		paths: []string{"net/http", "crypto/tls", "google.golang.org/grpc", "k8s.io", "sigs.k8s.io",
-			module + "pkg/nydusd/client", module + "pkg/snapshot", module + "pkg/config", module + "pkg/registry"},
+			module + "pkg/nydusd/client", module + "pkg/snapshot", module + "pkg/config", module + "pkg/registry",
+			module + "pkg/health", module + "pkg/hang", module + "pkg/probe"},
 		why: "the helper runs once for every mount: it stays small, starts fast and talks to nobody",
 	},
 	{
 		program: "./shim-hook",
-		paths:   []string{"google.golang.org/grpc", "k8s.io", "sigs.k8s.io", module + "pkg/snapshot"},
+		paths:   []string{"google.golang.org/grpc", "k8s.io", "sigs.k8s.io", module + "pkg/snapshot", module + "pkg/health", module + "pkg/hang"},
 		why:     "the hook runs twice for every container and works with a dead snapshotter",
 	},
 	{

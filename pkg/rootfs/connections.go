@@ -1,0 +1,117 @@
+package rootfs
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Connections is the kernel's own list of FUSE filesystems (fusectl). It answers
+// whatever hangs, and knows filesystems that are mounted nowhere any more. A
+// number is used again once its filesystem is gone: whoever acts on one has to
+// know that it is still the one that he means.
+type Connections struct{ fd int }
+
+// OpenConnections opens the list. It needs no fusectl that is mounted, and leaves
+// none behind.
+func OpenConnections() (*Connections, error) {
+	fd, err := fusectl()
+	if errors.Is(err, unix.ENODEV) {
+		return nil, fmt.Errorf("open the kernel's list of FUSE filesystems: %w; load the module (modprobe fuse)", err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open the kernel's list of FUSE filesystems: %w", err)
+	}
+	return &Connections{fd}, nil
+}
+
+// fusectl makes a mount that is attached nowhere: it goes with its descriptor.
+func fusectl() (int, error) {
+	ctx, err := unix.Fsopen("fusectl", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return -1, os.NewSyscallError("fsopen", err)
+	}
+	defer unix.Close(ctx)
+	if err := unix.FsconfigCreate(ctx); err != nil {
+		return -1, os.NewSyscallError("fsconfig", err)
+	}
+	fd, err := unix.Fsmount(ctx, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	return fd, os.NewSyscallError("fsmount", err)
+}
+
+// Close closes the list.
+func (c *Connections) Close() error { return unix.Close(c.fd) }
+
+// Waiting tells how many requests to the filesystem with that device number
+// ("major:minor") have no answer yet. The error wraps fs.ErrNotExist when there is
+// no such filesystem.
+func (c *Connections) Waiting(dev string) (int, error) {
+	fd, err := c.open(dev, "waiting", unix.O_RDONLY)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	buf := make([]byte, 32)
+	n, err := unix.Read(fd, buf)
+	if err != nil {
+		return 0, fmt.Errorf("read how many wait for FUSE filesystem %s: %w", dev, err)
+	}
+	return strconv.Atoi(strings.TrimSpace(string(buf[:n])))
+}
+
+// Abort fails all requests to the filesystem with that device number, those that
+// wait now and those to come, for good: its users get errors. One that is gone is no
+// error.
+func (c *Connections) Abort(dev string) error {
+	fd, err := c.open(dev, "abort", unix.O_WRONLY)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if _, err := unix.Write(fd, []byte("1")); err != nil {
+		return fmt.Errorf("abort FUSE filesystem %s: %w", dev, err)
+	}
+	return nil
+}
+
+func (c *Connections) open(dev, file string, flags int) (int, error) {
+	number, err := connection(dev)
+	if err != nil {
+		return -1, err
+	}
+	path := filepath.Join(number, file)
+	fd, err := unix.Openat(c.fd, path, flags|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return -1, fmt.Errorf("FUSE filesystem %s: %w", dev, &os.PathError{Op: "open", Path: "fusectl:" + path, Err: err})
+	}
+	return fd, nil
+}
+
+// connection is the kernel's name for a FUSE filesystem: its device number, as
+// the kernel has it, in decimal.
+func connection(dev string) (string, error) {
+	var major, minor uint32
+	if n, err := fmt.Sscanf(dev, "%d:%d", &major, &minor); n != 2 || err != nil {
+		return "", fmt.Errorf("device number %q: want major:minor", dev)
+	}
+	const minorBits = 20
+	return strconv.FormatUint(uint64(major)<<minorBits|uint64(minor), 10), nil
+}
+
+// AbortConnection is Connections.Abort for one filesystem.
+func AbortConnection(dev string) error {
+	c, err := OpenConnections()
+	if err != nil {
+		return err
+	}
+	return errors.Join(c.Abort(dev), c.Close())
+}

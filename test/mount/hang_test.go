@@ -1,0 +1,281 @@
+package mount_test
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/hang"
+	"github.com/nydusfs/nydus-snapshotter/pkg/probe"
+	"github.com/nydusfs/nydus-snapshotter/pkg/recovery"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
+	"github.com/nydusfs/nydus-snapshotter/test/kit"
+)
+
+// hangTimeout is what the tests configure.
+const hangTimeout = 2 * time.Second
+
+// watchHangs runs what looks for daemons that hang, as in the snapshotter, until
+// the end of the test.
+func (e *env) watchHangs(cfg hang.Config) *logBook {
+	e.t.Helper()
+	log := &logBook{said: make(chan struct{}, 1)}
+	cfg.RunDir, cfg.Timeout, cfg.Log = runDir, hangTimeout, slog.New(slog.NewTextHandler(log, nil))
+	cfg.Asker = &probe.Prober{Program: filepath.Join(e.bin, "nydus-shim-hook")}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- hang.New(cfg).Run(ctx) }()
+	e.t.Cleanup(func() {
+		cancel()
+		must(e.t, <-done)
+		if e.t.Failed() {
+			e.t.Logf("--- hang\n%s", log)
+		}
+	})
+	return log
+}
+
+// held is a reader whose request a daemon has taken and not answered: the registry
+// keeps it waiting.
+type held struct {
+	*exec.Cmd
+	target  string
+	release func()
+	ended   chan error
+}
+
+// hold mounts an image from a registry and begins to read from it.
+func (e *env) hold(reg *kit.Registry, img *fixture) *held {
+	e.t.Helper()
+	reg.MustPush(e.t, img.Image, "hang/image:1")
+	s := e.registrySpec(img, reg, "hang/image")
+	s.Daemon.HangTimeout = hangTimeout
+	h := &held{target: e.mustMount(s), ended: make(chan error, 1)}
+	gate, asked := make(chan struct{}), make(chan struct{}, 64)
+	reg.SetHook(func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+		asked <- struct{}{}
+		<-gate
+		next.ServeHTTP(w, r)
+	})
+	h.release = func() {
+		reg.SetHook(nil)
+		close(gate)
+	}
+	// In a process of its own: each child of this one would have to close the file.
+	h.Cmd = exec.CommandContext(e.t.Context(), "cat", filepath.Join(h.target, "name"))
+	must(e.t, h.Start())
+	<-asked
+	go func() { h.ended <- h.Wait() }()
+	return h
+}
+
+// A process that waits for a stopped daemon, which has taken its request, cannot
+// be killed. When the bound is over it ends, and its root filesystem can go; the
+// next mount of the image gets another daemon.
+func TestStoppedDaemonIsAborted(t *testing.T) {
+	reg := kit.NewRegistry(t, kit.RegistryOptions{})
+	e := newEnv(t)
+	img := small(t, "one")
+	h := e.hold(reg, img)
+	before := e.current()
+	must(t, unix.Kill(before.PID, unix.SIGSTOP))
+	h.release()
+	must(t, h.Process.Kill())
+	select {
+	case <-h.ended:
+		t.Fatal("the reader ended: the test does not test anything")
+	case <-time.After(hangTimeout / 2):
+	}
+	log := e.watchHangs(hang.Config{})
+	started := time.Now()
+	select {
+	case <-h.ended:
+	case <-time.After(hangTimeout + slack):
+		t.Fatalf("the reader cannot be ended; said was:\n%s", log)
+	}
+	t.Logf("the reader ended %v after the watch began; the bound is %v", time.Since(started), hangTimeout)
+	within(t, "it is said", func() bool { return strings.Contains(log.String(), "was aborted") })
+	for _, want := range []string{"instance=", "image=registry.test/" + t.Name(), "pid=" + itoa(before.PID), "it was stopped, for", "waiting="} {
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("the log does not say %q:\n%s", want, log)
+		}
+	}
+	e.daemons(0)
+	if r := e.record(); r.Current != nil || mountedAt(t, before.Mountpoint) {
+		t.Errorf("the aborted generation is still in use: %+v", r.Current)
+	}
+	e.unmount(h.target)
+	again := e.mustMount(e.spec(img))
+	e.holds(img, again)
+	e.unmount(again)
+}
+
+// The same for a daemon that new mounts have replaced before: what lies on it is
+// reached by no path any more.
+func TestReplacedDaemonIsAborted(t *testing.T) {
+	reg := kit.NewRegistry(t, kit.RegistryOptions{})
+	e := newEnv(t)
+	img := small(t, "one")
+	h := e.hold(reg, img)
+	before := e.current()
+	must(t, unix.Kill(before.PID, unix.SIGSTOP))
+	h.release()
+	must(t, h.Process.Kill())
+	// As the helper would.
+	must(t, rootfs.Detach(before.Mountpoint))
+	must(t, rootfs.Detach(h.target))
+	e.watchHangs(hang.Config{})
+	select {
+	case <-h.ended:
+	case <-time.After(hangTimeout + slack):
+		t.Fatal("the reader cannot be ended")
+	}
+	must(t, e.tidy(soon))
+	e.daemons(0)
+}
+
+func mountedAt(t *testing.T, path string) bool {
+	t.Helper()
+	_, ok, err := rootfs.Lookup(path)
+	must(t, err)
+	return ok
+}
+
+// Nobody waits for a stopped daemon: it may go on later.
+func TestStoppedDaemonIsLeftAloneWhileNobodyWaits(t *testing.T) {
+	e := newEnv(t)
+	img := small(t, "one")
+	target := e.mustMount(e.spec(img))
+	before := e.current()
+	log := e.watchHangs(hang.Config{AskEvery: 100 * time.Millisecond})
+	must(t, unix.Kill(before.PID, unix.SIGSTOP))
+	within(t, "it is said that it does not answer", func() bool { return strings.Contains(log.String(), "nydusd does not answer") })
+	must(t, unix.Kill(before.PID, unix.SIGCONT))
+	within(t, "it is said that it answers", func() bool { return strings.Contains(log.String(), "nydusd answers again") })
+	if now := e.current(); now.PID != before.PID || now.Failed {
+		t.Errorf("it was replaced by %+v; said was\n%s", now, log)
+	}
+	e.holds(img, target)
+	e.unmount(target)
+}
+
+// A daemon that does not run although it was not stopped, and one that waits for
+// its registry.
+func TestStuckDaemonIsAborted(t *testing.T) {
+	reg := kit.NewRegistry(t, kit.RegistryOptions{})
+	e := newEnv(t)
+	img := small(t, "one")
+	h := e.hold(reg, img)
+	before := e.current()
+	thaw := freeze(t, before.PID)
+	must(t, h.Process.Kill())
+	log := e.watchHangs(hang.Config{StuckAfter: hangTimeout})
+	select {
+	case <-h.ended:
+	case <-time.After(hangTimeout + slack):
+		t.Fatalf("the reader cannot be ended; said was:\n%s", log)
+	}
+	within(t, "it is said", func() bool { return strings.Contains(log.String(), "it is stuck: none of its threads has run for") })
+	thaw()
+	h.release()
+	e.unmount(h.target)
+	must(t, e.tidy(soon))
+	e.daemons(0)
+}
+
+// freeze keeps a process from running, by a cgroup: that is not seen in its state.
+func freeze(t *testing.T, pid int) (thaw func()) {
+	t.Helper()
+	table, err := rootfs.ReadTable()
+	must(t, err)
+	dir := ""
+	for _, m := range table {
+		if m.Type == "cgroup2" {
+			dir = filepath.Join(m.Target, "nydus-test-frozen")
+		}
+	}
+	if dir == "" {
+		t.Fatal("no cgroup v2 is mounted, which could freeze a process")
+	}
+	must(t, os.Mkdir(dir, 0o755))
+	file := func(name, text string) error { return os.WriteFile(filepath.Join(dir, name), []byte(text), 0) }
+	must(t, file("cgroup.procs", itoa(pid)))
+	must(t, file("cgroup.freeze", "1"))
+	within(t, "it is frozen", func() bool {
+		text, _ := os.ReadFile(filepath.Join(dir, "cgroup.events"))
+		return strings.Contains(string(text), "frozen 1")
+	})
+	thaw = func() {
+		_ = file("cgroup.freeze", "0")
+		within(t, "its cgroup can be removed", func() bool { return os.Remove(dir) == nil || !exists(dir) })
+	}
+	t.Cleanup(func() {
+		if exists(dir) {
+			_ = file("cgroup.kill", "1")
+			thaw()
+		}
+	})
+	return thaw
+}
+
+// One that waits for its registry is busy. It is left alone, whatever it takes.
+func TestBusyDaemonIsNotAborted(t *testing.T) {
+	reg := kit.NewRegistry(t, kit.RegistryOptions{})
+	e := newEnv(t)
+	img := small(t, "one")
+	h := e.hold(reg, img)
+	before := e.current()
+	log := e.watchHangs(hang.Config{AskEvery: 100 * time.Millisecond})
+	select {
+	case err := <-h.ended:
+		t.Errorf("the reader has ended: %v", err)
+	case <-time.After(3 * hangTimeout):
+	}
+	h.release()
+	if err := <-h.ended; err != nil {
+		t.Errorf("the reader ended with %v", err)
+	}
+	if now := e.current(); now.PID != before.PID || now.Failed || strings.Contains(log.String(), "hangs") {
+		t.Errorf("it was taken for hung: %+v; said was\n%s", now, log)
+	}
+	e.unmount(h.target)
+}
+
+// With failover a reader notices a pause only.
+func TestStoppedDaemonIsSucceeded(t *testing.T) {
+	reg := kit.NewRegistry(t, kit.RegistryOptions{})
+	e := newEnv(t)
+	if !e.succeeds() {
+		return // TestStoppedDaemonIsAborted
+	}
+	r := e.recover(recovery.PolicyFailover, true)
+	img := small(t, "one")
+	h := e.hold(reg, img)
+	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+	before := e.current()
+	must(t, unix.Kill(before.PID, unix.SIGSTOP))
+	h.release()
+	log := e.watchHangs(hang.Config{})
+	if err := <-h.ended; err != nil {
+		t.Errorf("the reader: %v", err)
+	}
+	if now := e.current(); now.Number != before.Number || now.Restarts != 1 {
+		t.Errorf("after the hang: %+v; want a successor of the same generation", now)
+	}
+	if want := "nydusd hangs and is killed; its successor goes on"; !strings.Contains(log.String(), want) {
+		t.Errorf("the log does not say %q:\n%s", want, log)
+	}
+	e.unmount(h.target)
+	must(t, e.tidy(soon))
+	e.daemons(0)
+	r.stop()
+	e.holderEnds()
+}
