@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
 
@@ -110,9 +111,12 @@ type ps struct {
 func (p ps) once(ctx context.Context) error {
 	list, err := instance.List(p.runDir)
 	rows := make([]row, len(list))
+	var all sync.WaitGroup
 	for n, s := range list {
-		rows[n] = row{Status: s, Version: versionOf(ctx, s)}
+		// All at once: many may hang.
+		all.Go(func() { rows[n] = row{Status: s, Version: versionOf(ctx, s)} })
 	}
+	all.Wait()
 	return errors.Join(p.print(p.out, rows, p.now()), err)
 }
 

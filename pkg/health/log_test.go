@@ -17,6 +17,9 @@ var (
 	tryOf = func(b string) string {
 		return "\t\"failed to read metadata for blob " + b + " from backend, Request(ErrorWithMsg(\\\"\\\"))\"\n"
 	}
+	start24   = "[2026-11-28 03:15:00.923545 +00:00] INFO [nydusd:24] nydusd v2.4.0 starts, pid 49\n"
+	try24     = "[2026-11-28 03:15:10.404621 +00:00] WARN [nydus_storage::meta:775] failed to read metadata for blob " + blob + " from backend, Request(ErrorWithMsg(\"\")), retry read metadata\n"
+	end24     = "[2026-11-28 03:15:51.000000 +00:00] WARN [nydus_storage::cache::cachedfile:106] failed to get blob.meta\n"
 	temporary = "[2026-11-28 02:24:43.351588 +00:00] INFO temporarily failed to get blob.meta, Input/output error (os error 5)\n"
 	end       = "[\x1b[1;38;5;208m2026-11-28 02:25:01.764806 +00:00\x1b[0m] WARN [/nydus-storage-0.6.2/src/cache/cachedfile.rs:103] \x1b[1;38;5;208mfailed to get blob.meta\x1b[0m\n"
 	noise     = strings.Repeat("[2026-11-28 02:24:41.860711 +00:00] INFO Rafs filesystem mounted at /\n", 20)
@@ -72,6 +75,10 @@ func TestBroken(t *testing.T) {
 	f.want(l, "another daemon", false)
 	f.write(end)
 	f.want(l, "an end that names none", true)
+	f.write(start24)
+	f.want(l, "another daemon, 2.4", false)
+	f.write(try24 + end24)
+	f.want(l, "its end", true, blob)
 }
 
 // What stands before the daemon's own output is not its own.

@@ -602,32 +602,74 @@ func Orphans(dir string) ([]*Process, error) {
 		return nil, err
 	}
 	var found []*Process
+	deadline := time.Now().Add(scanWait)
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil || !own(e) {
 			continue
 		}
-		start, err := StartTime(pid)
-		if err != nil {
-			continue // it has just ended
-		}
-		p, err := Find(pid, start)
+		p, err := lookAt(pid, dir, max(leastWait, time.Until(deadline)))
 		if err != nil {
 			return found, err
 		}
-		if p == nil {
-			continue
-		}
-		// Asked last: now it is this process and no other of the same number.
-		if serves(pid, dir) && !p.Wait(time.Now()) {
+		if p != nil {
 			found = append(found, p)
-			continue
-		}
-		if err := p.Close(); err != nil {
-			return found, err
 		}
 	}
 	return found, nil
+}
+
+// A process whose memory is on a filesystem that hangs, as that of a container whose
+// nydusd does, keeps whoever looks at it waiting; a daemon does not. scanWait is how
+// long all may take together to be looked at, leastWait what each may take when that
+// is over.
+const (
+	scanWait  = 2 * time.Second
+	leastWait = 20 * time.Millisecond
+)
+
+// lookAt returns the process if it is a daemon whose mountpoint lies beneath dir, and
+// nil for one that keeps us waiting, which it does with one thread of ours.
+func lookAt(pid int, dir string, wait time.Duration) (*Process, error) {
+	type result struct {
+		p   *Process
+		err error
+	}
+	seen := make(chan result, 1)
+	go func() {
+		p, err := daemonOf(pid, dir)
+		seen <- result{p, err}
+	}()
+	late := time.NewTimer(wait)
+	defer late.Stop()
+	select {
+	case r := <-seen:
+		return r.p, r.err
+	case <-late.C:
+	}
+	go func() {
+		if r := <-seen; r.p != nil {
+			_ = r.p.Close()
+		}
+	}()
+	return nil, nil
+}
+
+// daemonOf is lookAt for as long as it takes.
+func daemonOf(pid int, dir string) (*Process, error) {
+	start, err := StartTime(pid)
+	if err != nil || !leads(pid) {
+		return nil, nil // it has just ended, or is none of those that Start starts
+	}
+	p, err := Find(pid, start)
+	if err != nil || p == nil {
+		return nil, err
+	}
+	// Asked last: now it is this process and no other of the same number.
+	if serves(pid, dir) && !p.Wait(time.Now()) {
+		return p, nil
+	}
+	return nil, p.Close()
 }
 
 // own tells whether a process is of this user. Anybody can have any arguments,
@@ -640,6 +682,15 @@ func own(proc os.DirEntry) bool {
 	st, ok := info.Sys().(*syscall.Stat_t)
 	return ok && int(st.Uid) == os.Geteuid()
 }
+
+// leads tells whether a process leads a session, as every daemon does.
+func leads(pid int) bool {
+	fields, err := stat(pid)
+	return err == nil && fields[sessionField] == strconv.Itoa(pid)
+}
+
+// sessionField is the index of field 6 in what stat returns.
+const sessionField = 6 - 3
 
 func serves(pid int, dir string) bool {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))

@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 	os.Exit(fusetest.Main(m))
 }
 
-func prober(t *testing.T) *probe.Prober {
+func prober(t testing.TB) *probe.Prober {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {

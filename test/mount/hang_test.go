@@ -2,11 +2,14 @@ package mount_test
 
 import (
 	"context"
+	"crypto/rand"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -14,6 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/hang"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/client"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
 	"github.com/nydusfs/nydus-snapshotter/pkg/probe"
 	"github.com/nydusfs/nydus-snapshotter/pkg/recovery"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
@@ -53,12 +58,15 @@ type held struct {
 }
 
 // hold mounts an image from a registry and begins to read from it.
-func (e *env) hold(reg *kit.Registry, img *fixture) *held {
+func (e *env) hold(reg *kit.Registry) *held {
 	e.t.Helper()
+	img := makeFixture(e.t, "large", kit.NydusOptions{}, largeImage)
 	reg.MustPush(e.t, img.Image, "hang/image:1")
 	s := e.registrySpec(img, reg, "hang/image")
 	s.Daemon.HangTimeout = hangTimeout
 	h := &held{target: e.mustMount(s), ended: make(chan error, 1)}
+	// The metadata of its blob is fetched, and what stands near.
+	must(e.t, exec.CommandContext(e.t.Context(), "cat", filepath.Join(h.target, "name")).Run())
 	gate, asked := make(chan struct{}), make(chan struct{}, 64)
 	reg.SetHook(func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		asked <- struct{}{}
@@ -69,12 +77,20 @@ func (e *env) hold(reg *kit.Registry, img *fixture) *held {
 		reg.SetHook(nil)
 		close(gate)
 	}
-	// In a process of its own: each child of this one would have to close the file.
-	h.Cmd = exec.CommandContext(e.t.Context(), "cat", filepath.Join(h.target, "name"))
+	// Past the page cache: who waits for a page can be killed. In a process of its own:
+	// each child of this one would have to close the file.
+	h.Cmd = exec.CommandContext(e.t.Context(), "dd", "if="+filepath.Join(h.target, "data"), "of=/dev/null", "iflag=direct", "bs=64K", "skip=200", "status=none")
 	must(e.t, h.Start())
 	<-asked
 	go func() { h.ended <- h.Wait() }()
 	return h
+}
+
+// largeImage is more than a daemon fetches when it is asked for a little.
+func largeImage(tb kit.TB) *kit.Image {
+	data := make([]byte, 16<<20)
+	_, _ = rand.Read(data)
+	return kit.MustBuildImage(tb, kit.Pause, kit.FileLayer(kit.File{Name: "./"}, kit.File{Name: "name", Data: "large"}, kit.File{Name: "data", Data: string(data)}))
 }
 
 // A process that waits for a stopped daemon, which has taken its request, cannot
@@ -84,9 +100,9 @@ func TestStoppedDaemonIsAborted(t *testing.T) {
 	reg := kit.NewRegistry(t, kit.RegistryOptions{})
 	e := newEnv(t)
 	img := small(t, "one")
-	h := e.hold(reg, img)
+	h := e.hold(reg)
 	before := e.current()
-	must(t, unix.Kill(before.PID, unix.SIGSTOP))
+	stop(t, before.PID)
 	h.release()
 	must(t, h.Process.Kill())
 	select {
@@ -123,10 +139,9 @@ func TestStoppedDaemonIsAborted(t *testing.T) {
 func TestReplacedDaemonIsAborted(t *testing.T) {
 	reg := kit.NewRegistry(t, kit.RegistryOptions{})
 	e := newEnv(t)
-	img := small(t, "one")
-	h := e.hold(reg, img)
+	h := e.hold(reg)
 	before := e.current()
-	must(t, unix.Kill(before.PID, unix.SIGSTOP))
+	stop(t, before.PID)
 	h.release()
 	must(t, h.Process.Kill())
 	// As the helper would.
@@ -140,6 +155,50 @@ func TestReplacedDaemonIsAborted(t *testing.T) {
 	}
 	must(t, e.tidy(soon))
 	e.daemons(0)
+}
+
+// As long as somebody else keeps the daemon's descriptor, to kill it helps nobody.
+func TestKeptFilesystemIsAborted(t *testing.T) {
+	reg := kit.NewRegistry(t, kit.RegistryOptions{})
+	e := newEnv(t)
+	if !e.succeeds() {
+		return // it hands nothing over
+	}
+	h := e.hold(reg)
+	before := e.current()
+	ctx, cancel := context.WithTimeout(t.Context(), soon)
+	defer cancel()
+	kept, err := custody.Receive(ctx, before.Supervisor, client.New(before.Socket).SendFD)
+	must(t, err)
+	defer kept.Close()
+	stop(t, before.PID)
+	h.release()
+	must(t, h.Process.Kill())
+	e.watchHangs(hang.Config{})
+	select {
+	case <-h.ended:
+	case <-time.After(hangTimeout + slack):
+		t.Fatal("the reader cannot be ended")
+	}
+	if kept.Alive() {
+		t.Error("the filesystem lives")
+	}
+	e.unmount(h.target)
+	must(t, e.tidy(soon))
+	e.daemons(0)
+}
+
+// stop stops a process and waits until all its threads are.
+func stop(t *testing.T, pid int) {
+	t.Helper()
+	must(t, unix.Kill(pid, unix.SIGSTOP))
+	within(t, "it is stopped", func() bool {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		return err == nil && !slices.ContainsFunc(threads, func(file string) bool {
+			text, err := os.ReadFile(file)
+			return err == nil && !strings.Contains(string(text), ") T ")
+		})
+	})
 }
 
 func mountedAt(t *testing.T, path string) bool {
@@ -172,8 +231,7 @@ func TestStoppedDaemonIsLeftAloneWhileNobodyWaits(t *testing.T) {
 func TestStuckDaemonIsAborted(t *testing.T) {
 	reg := kit.NewRegistry(t, kit.RegistryOptions{})
 	e := newEnv(t)
-	img := small(t, "one")
-	h := e.hold(reg, img)
+	h := e.hold(reg)
 	before := e.current()
 	thaw := freeze(t, before.PID)
 	must(t, h.Process.Kill())
@@ -230,8 +288,7 @@ func freeze(t *testing.T, pid int) (thaw func()) {
 func TestBusyDaemonIsNotAborted(t *testing.T) {
 	reg := kit.NewRegistry(t, kit.RegistryOptions{})
 	e := newEnv(t)
-	img := small(t, "one")
-	h := e.hold(reg, img)
+	h := e.hold(reg)
 	before := e.current()
 	log := e.watchHangs(hang.Config{AskEvery: 100 * time.Millisecond})
 	select {
@@ -257,11 +314,10 @@ func TestStoppedDaemonIsSucceeded(t *testing.T) {
 		return // TestStoppedDaemonIsAborted
 	}
 	r := e.recover(recovery.PolicyFailover, true)
-	img := small(t, "one")
-	h := e.hold(reg, img)
+	h := e.hold(reg)
 	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
 	before := e.current()
-	must(t, unix.Kill(before.PID, unix.SIGSTOP))
+	stop(t, before.PID)
 	h.release()
 	log := e.watchHangs(hang.Config{})
 	if err := <-h.ended; err != nil {
