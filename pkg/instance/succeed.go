@@ -177,10 +177,6 @@ func Retire(ctx context.Context, runDir, key string, generation int) (err error)
 	return i.retire()
 }
 
-// OOMKills counts the processes of a generation that were killed because it had
-// reached its memory limit.
-func OOMKills(key string, g Generation) (int, error) { return cgroupOf(key, g).OOMKills() }
-
 // Restart replaces an instance whose daemon has ended and cannot be succeeded: the
 // dead mount is taken off, and a new daemon started so that the next mount finds
 // it. What lies on the dead one keeps failing. It does nothing when the generation
