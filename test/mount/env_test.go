@@ -30,6 +30,13 @@ func TestMain(m *testing.M) {
 	if filepath.Base(os.Args[0]) == stuckName {
 		stuck()
 	}
+	if filepath.Base(os.Args[0]) == hogName {
+		if err := hog(os.Args[1]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	kit.Main(m)
 }
 

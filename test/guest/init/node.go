@@ -175,9 +175,13 @@ func (m *image) starve(ctx context.Context) error {
 
 // leftovers lists what no mounted image explains.
 func leftovers() (left []string) {
-	for _, pattern := range []string{filepath.Join("/sys/fs/cgroup", guest.CgroupParent, "*/"), filepath.Join(runDir, "i", "*")} {
-		found, _ := filepath.Glob(pattern)
-		left = append(left, found...)
+	for _, dir := range []string{filepath.Join("/sys/fs/cgroup", guest.CgroupParent), filepath.Join(runDir, "i")} {
+		entries, _ := os.ReadDir(dir)
+		for _, e := range entries {
+			if e.IsDir() { // a cgroup's others are its settings
+				left = append(left, filepath.Join(dir, e.Name()))
+			}
+		}
 	}
 	names, _ := filepath.Glob("/proc/[0-9]*/comm")
 	for _, name := range names {
