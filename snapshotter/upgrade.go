@@ -107,7 +107,7 @@ func upgradeOf(ctx context.Context, c *cli.Context, cfg config.Config) (*upgrade
 // its executable.
 func successorPath(flag string, d config.Daemon) (string, error) {
 	if flag == "" {
-		return nydusdOf{d}.find()
+		return nydusdOf{Daemon: d}.find()
 	}
 	return filepath.Abs(flag)
 }

@@ -133,6 +133,7 @@ func (v *validator) daemon(d Daemon) {
 		v.fail("daemon.threads", "is %d, want 0 (nydusd's choice) to %d", d.Threads, maxThreads)
 	}
 	v.oneOf("daemon.recover_policy", string(d.RecoverPolicy), string(RecoverNone), string(RecoverRestart), string(RecoverFailover))
+	v.oneOf("daemon.daemon_mode", string(d.Mode), string(ModeDedicated), string(ModeShared))
 	v.between("daemon.start_timeout", d.StartTimeout, 100*time.Millisecond, maxStartTimeout)
 	if d.OOMScoreAdj < -1000 || d.OOMScoreAdj > 1000 {
 		v.fail("daemon.oom_score_adj", "is %d, want -1000 to 1000", d.OOMScoreAdj)

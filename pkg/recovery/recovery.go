@@ -157,6 +157,9 @@ func (r *Recovery) look(ctx context.Context, all *sync.WaitGroup) (pending bool)
 			continue
 		}
 		for _, g := range rec.Generations() {
+			if g.Berth != nil {
+				continue // its pool has the daemon
+			}
 			if !g.Ready {
 				pending = true
 				continue
