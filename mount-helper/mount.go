@@ -85,7 +85,7 @@ func (r *request) vacant(i *instance.Instance) error {
 	if err != nil {
 		return err
 	}
-	if ok && m.Dev == i.Dev() {
+	if ok && i.Holds(m) {
 		return errors.New("the image is already mounted there")
 	}
 	return nil

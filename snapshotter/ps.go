@@ -197,9 +197,17 @@ func printTable(w io.Writer, rows []row, now time.Time) error {
 		key := r.Instance
 		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\t%d\t%s\n", key[:min(shortKey, len(key))], r.State, r.Mounts,
 			dash(r.PID > 0, fmt.Sprint(r.PID)), dash(r.RSS > 0, fmt.Sprintf("%.1f MB", float64(r.RSS)/1e6)),
-			dash(r.Version != "", r.Version), r.Driver, age(now.Sub(r.Started)), r.Restarts, r.Image)
+			dash(r.Version != "", r.Version), driver(r), age(now.Sub(r.Started)), r.Restarts, r.Image)
 	}
 	return t.Flush()
+}
+
+// driver also tells that the daemon is not the image's alone.
+func driver(r row) string {
+	if r.Pool == "" {
+		return string(r.Driver)
+	}
+	return string(r.Driver) + " (shared)"
 }
 
 func dash(known bool, text string) string {

@@ -122,11 +122,25 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 		RunDir: cfg.RunDir, Timeout: cfg.Daemon.HangTimeout, Asker: &probe.Prober{Program: spare.program}, Log: slog.Default(),
 	})
 	done.Go(func() { keepRunning(background, "daemons that hang are not noticed", hung.Run) })
-	defer func() { stop(); done.Wait() }()
+	defer func() {
+		stop()
+		done.Wait()
+		err = errors.Join(err, endShared(ctx, cfg.RunDir))
+	}()
 
 	nydusd.warn(ctx)
 	log.G(ctx).WithFields(log.Fields{"version": version, "root": cfg.Root, "address": cfg.Address, "style": cfg.Mount.Style}).Info("serving")
 	return answer(ctx, server, listener)
+}
+
+// endShared ends what would otherwise stay without any user until the next start.
+func endShared(ctx context.Context, runDir string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+	defer cancel()
+	if err := instance.EndShared(ctx, runDir); err != nil {
+		return fmt.Errorf("end shared nydusd: %w", err)
+	}
+	return nil
 }
 
 // setupRun prepares what lives until the next boot: the run directory, and the

@@ -152,8 +152,12 @@ func (d nydusdOf) spec() mountspec.Daemon {
 	if err != nil {
 		path = fallbackNydusd
 	}
+	mode := mountspec.ModeDedicated
+	if d.Mode == config.ModeShared {
+		mode = mountspec.ModeShared
+	}
 	return mountspec.Daemon{
-		Path: path, LogLevel: d.LogLevel, Threads: d.Threads, StartTimeout: d.StartTimeout, HangTimeout: d.HangTimeout,
+		Path: path, Mode: mode, LogLevel: d.LogLevel, Threads: d.Threads, StartTimeout: d.StartTimeout, HangTimeout: d.HangTimeout,
 		OOMScoreAdj: d.OOMScoreAdj, CgroupParent: d.CgroupParent,
 		MemoryLimit: d.limits.Memory, CPULimit: d.limits.CPU,
 	}

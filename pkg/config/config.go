@@ -56,6 +56,8 @@ type Daemon struct {
 	CgroupParent string `toml:"cgroup_parent"`
 	// RecoverPolicy says what happens to an image whose daemon dies.
 	RecoverPolicy RecoverPolicy `toml:"recover_policy"`
+	// Mode says how many images one daemon serves.
+	Mode DaemonMode `toml:"daemon_mode"`
 }
 
 // Cgroup limits each nydusd within the cgroup that Daemon.CgroupParent gives it.
@@ -67,6 +69,15 @@ type Cgroup struct {
 	// CPU is in cores, such as "1.5", or a percentage of all CPUs.
 	CPU string `toml:"cpu"`
 }
+
+// DaemonMode says how many images one daemon serves.
+type DaemonMode string
+
+// The modes.
+const (
+	ModeDedicated DaemonMode = "dedicated"
+	ModeShared    DaemonMode = "shared"
+)
 
 // RecoverPolicy is what to do about a daemon that died; see package recovery.
 type RecoverPolicy string
@@ -149,6 +160,7 @@ func Default() Config {
 			CgroupParent: mountspec.DefaultCgroupParent,
 
 			RecoverPolicy: RecoverFailover,
+			Mode:          ModeDedicated,
 		},
 		Mount: Mount{
 			Style:       StyleHelper,

@@ -135,6 +135,7 @@ func (v *validator) daemon(d Daemon) {
 		v.fail("daemon.threads", "is %d, want 0 (nydusd's choice) to %d", d.Threads, maxThreads)
 	}
 	v.oneOf("daemon.recover_policy", string(d.RecoverPolicy), string(RecoverNone), string(RecoverRestart), string(RecoverFailover))
+	v.oneOf("daemon.daemon_mode", string(d.Mode), string(ModeDedicated), string(ModeShared))
 	v.between("daemon.start_timeout", d.StartTimeout, 100*time.Millisecond, maxStartTimeout)
 	v.between("daemon.hang_timeout", d.HangTimeout, minHangTimeout, maxHangTimeout)
 	if d.OOMScoreAdj < -1000 || d.OOMScoreAdj > 1000 {

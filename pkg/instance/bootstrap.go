@@ -128,10 +128,7 @@ func checkDigest(f *os.File, s Spec) error {
 // cache returns the directory that the daemon may use for its blobs.
 func (l *launch) cache(ctx context.Context) (string, error) {
 	s := l.spec
-	if err := os.MkdirAll(s.CacheDir, 0o700); err != nil {
-		return "", fmt.Errorf("create cache directory: %w", err)
-	}
-	if err := claim(s.CacheDir, s.Host, s.Repository); err != nil {
+	if err := claimCache(s); err != nil {
 		return "", err
 	}
 	shares, err := sharesCache(ctx, s.RunDir, s.Daemon.Path)
@@ -164,6 +161,14 @@ func (l *launch) cache(ctx context.Context) (string, error) {
 			n-- // its owner may have just ended
 		}
 	}
+}
+
+// claimCache makes the image's cache directory exist, and its backend's.
+func claimCache(s Spec) error {
+	if err := os.MkdirAll(s.CacheDir, 0o700); err != nil {
+		return fmt.Errorf("create cache directory: %w", err)
+	}
+	return claim(s.CacheDir, s.Host, s.Repository)
 }
 
 // origin is the content of a cache directory's origin.json.

@@ -134,17 +134,26 @@ func (i *Instance) serves(ctx context.Context) (bool, error) {
 	case errors.Is(err, errUnmounted):
 		return false, nil
 	}
-	p, found := nydusd.Find(g.PID, g.StartTime)
+	p, found := i.dir.daemon(g)
 	if found != nil || p == nil {
 		return false, found
 	}
 	defer p.Close()
 	if errors.Is(err, errNoAnswer) && !p.Stopped() {
-		return false, fmt.Errorf("nydusd %d is busy: %w; is its registry reachable? See %s", g.PID, err, diskDirOf(i.rec.Root, i.rec.Key).log())
+		return false, fmt.Errorf("nydusd %d is busy: %w; is its registry reachable? See %s", p.PID, err, i.logOf(g))
 	}
 	g.Failed = true
-	i.note("nydusd %d does not answer and is replaced: %v", g.PID, err)
+	i.note("nydusd %d does not answer and is replaced: %v", p.PID, err)
 	return false, nil
+}
+
+// logOf is where a generation's daemon writes to.
+func (i *Instance) logOf(g *Generation) string {
+	key := i.rec.Key
+	if g.Berth != nil {
+		key = g.Berth.Pool
+	}
+	return diskDirOf(i.rec.Root, key).log()
 }
 
 // errUnmounted says that a generation's filesystem is not on its mountpoint.
@@ -176,11 +185,11 @@ func (i *Instance) Started() bool { return i.started }
 // Alone tells whether the instance is to be let go as soon as it is mounted.
 func (i *Instance) Alone() bool { return i.rec.Current.Alone }
 
-// Dev is the device number of the image's filesystem, "major:minor".
-func (i *Instance) Dev() string { return i.rec.Current.Dev }
+// Holds tells whether a mount is one of the image.
+func (i *Instance) Holds(m rootfs.Mount) bool { return i.rec.Current.holds(m) }
 
 // start brings up the next generation.
-func (i *Instance) start(ctx context.Context, s Spec) (err error) {
+func (i *Instance) start(ctx context.Context, s Spec) error {
 	if s.Starting != nil {
 		var stop context.CancelFunc
 		ctx, stop = s.Starting(ctx)
@@ -189,7 +198,15 @@ func (i *Instance) start(ctx context.Context, s Spec) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.Daemon.StartTimeout, fmt.Errorf("not within %s", s.Daemon.StartTimeout))
 	defer cancel()
 	i.describe(s)
+	if s.shared() {
+		return i.board(ctx, s)
+	}
 	l := &launch{spec: s, inst: i}
+	return l.bringUp(ctx)
+}
+
+// bringUp starts the daemon, or leaves nothing.
+func (l *launch) bringUp(ctx context.Context) error {
 	if err := l.prepare(ctx); err != nil {
 		return errors.Join(err, l.undo())
 	}
@@ -211,6 +228,7 @@ func (i *Instance) describe(s Spec) {
 type launch struct {
 	spec      Spec
 	inst      *Instance
+	shared    bool // the daemon starts without an image, and gets many
 	gen       Generation
 	dir       genDir
 	disk      diskDir
@@ -224,23 +242,8 @@ type launch struct {
 
 // prepare does everything up to the start of the process.
 func (l *launch) prepare(ctx context.Context) error {
-	s, i := l.spec, l.inst
-	l.disk = diskDirOf(s.Root, s.Key)
-	if err := os.MkdirAll(string(l.disk), 0o700); err != nil {
-		return fmt.Errorf("create instance directory: %w", err)
-	}
-	var err error
-	if l.digest, err = linkBootstrap(s, l.disk.bootstrap()); err != nil {
-		return err
-	}
-	if err := findBlobs(s); err != nil {
-		return err
-	}
-	cacheDir, err := l.cache(ctx)
-	if err != nil {
-		return err
-	}
-	config, err := nydusd.SetCacheDir(s.Config, cacheDir)
+	l.next()
+	config, err := l.furnish(ctx)
 	if err != nil {
 		return err
 	}
@@ -250,15 +253,72 @@ func (l *launch) prepare(ctx context.Context) error {
 	if info, err := l.log.Stat(); err == nil {
 		l.logStart = info.Size()
 	}
-	// From here on a killed helper leaves something in the run directory: the
-	// record names it first.
-	l.dir = i.dir.gen(i.rec.Last + 1)
+	if err := l.begin(config); err != nil {
+		return err
+	}
+	if _, err := os.Stat(fuseDevice); err != nil {
+		return fmt.Errorf("no FUSE on this node: %w; load the module (modprobe fuse)", err)
+	}
+	l.watch, err = rootfs.NewWatch()
+	return err
+}
+
+// furnish provides what the daemon works with, and returns its configuration: none
+// for one that starts without an image.
+func (l *launch) furnish(ctx context.Context) (string, error) {
+	if l.shared {
+		if err := l.makeDisk(); err != nil {
+			return "", err
+		}
+		return "", l.slot(ctx)
+	}
+	if err := l.image(); err != nil {
+		return "", err
+	}
+	cacheDir, err := l.cache(ctx)
+	if err != nil {
+		return "", err
+	}
+	return nydusd.SetCacheDir(l.spec.Config, cacheDir)
+}
+
+func (l *launch) makeDisk() error {
+	l.disk = diskDirOf(l.spec.Root, l.spec.Key)
+	if err := os.MkdirAll(string(l.disk), 0o700); err != nil {
+		return fmt.Errorf("create instance directory: %w", err)
+	}
+	return nil
+}
+
+// image looks at what the image is made of.
+func (l *launch) image() error {
+	err := l.makeDisk()
+	if err == nil {
+		l.digest, err = linkBootstrap(l.spec, l.disk.bootstrap())
+	}
+	if err != nil {
+		return err
+	}
+	return findBlobs(l.spec)
+}
+
+// next describes the generation that is to be.
+func (l *launch) next() {
+	s, n := l.spec, l.inst.rec.Last+1
+	dir := l.inst.dir.gen(n)
 	l.gen = Generation{
-		Number: i.rec.Last + 1, Mountpoint: l.dir.mountpoint(), Socket: l.dir.socket(), Supervisor: l.dir.supervisor(),
+		Number: n, Mountpoint: dir.mountpoint(), Socket: dir.socket(), Supervisor: dir.supervisor(),
 		Threads: s.Daemon.Threads, LogLevel: s.Daemon.LogLevel, OOMScoreAdj: s.Daemon.OOMScoreAdj,
 		Nydusd: s.Daemon.Path, Cgroup: s.Daemon.CgroupParent, MemoryLimit: s.Daemon.MemoryLimit, CPULimit: s.Daemon.CPULimit,
-		Started: time.Now().UTC(), Alone: s.Alone,
+		Started: time.Now().UTC(), Alone: s.Alone, Shared: l.shared,
 	}
+}
+
+// begin makes the generation the instance's, not ready yet. From here on a killed
+// helper leaves something in the run directory: the record names it first.
+func (l *launch) begin(config string) error {
+	i := l.inst
+	l.dir = i.dir.gen(l.gen.Number)
 	i.rec.Last, i.rec.Current = l.gen.Number, &l.gen
 	if err := i.write(); err != nil {
 		return err
@@ -266,14 +326,13 @@ func (l *launch) prepare(ctx context.Context) error {
 	if err := os.MkdirAll(l.dir.mountpoint(), 0o700); err != nil {
 		return fmt.Errorf("create mountpoint: %w", err)
 	}
+	if config == "" {
+		return nil
+	}
 	if err := writeFile(l.dir.config(), []byte(config)); err != nil {
 		return fmt.Errorf("write nydusd's configuration: %w", err)
 	}
-	if _, err := os.Stat(fuseDevice); err != nil {
-		return fmt.Errorf("no FUSE on this node: %w; load the module (modprobe fuse)", err)
-	}
-	l.watch, err = rootfs.NewWatch()
-	return err
+	return nil
 }
 
 // fuseDevice is where nydusd looks for the kernel's FUSE.
@@ -294,9 +353,13 @@ func findBlobs(s Spec) error {
 // run starts the daemon and waits until its filesystem answers.
 func (l *launch) run(ctx context.Context) error {
 	s := l.spec
+	config, bootstrap := l.dir.config(), l.disk.bootstrap()
+	if l.shared {
+		config, bootstrap = "", ""
+	}
 	var err error
 	l.proc, err = nydusd.Start(nydusd.Command{
-		Path: s.Daemon.Path, Config: l.dir.config(), Bootstrap: l.disk.bootstrap(), Mountpoint: l.dir.mountpoint(),
+		Path: s.Daemon.Path, Config: config, Bootstrap: bootstrap, Mountpoint: l.dir.mountpoint(),
 		Socket: l.dir.socket(), Supervisor: l.dir.supervisor(), ID: cgroupOf(s.Key, l.gen).Name, Log: l.log, LogLevel: s.Daemon.LogLevel, Threads: s.Daemon.Threads,
 		OOMScoreAdj: s.Daemon.OOMScoreAdj, Cgroup: cgroupOf(s.Key, l.gen), CacheLock: l.cacheLock,
 	})
@@ -316,16 +379,29 @@ func (l *launch) run(ctx context.Context) error {
 	if err := rootfs.Private(l.gen.Mountpoint); err != nil {
 		return err
 	}
-	select {
-	case err := <-l.digest:
-		if err != nil {
+	if err := l.checked(ctx); err != nil {
+		return err
+	}
+	if l.shared {
+		if err := l.listens(ctx); err != nil {
 			return err
 		}
-	case <-ctx.Done():
-		return fmt.Errorf("check bootstrap: %w", context.Cause(ctx))
 	}
 	l.gen.PID, l.gen.StartTime, l.gen.Dev, l.gen.Ready = l.proc.PID, l.proc.StartTime, m.Dev, true
 	return l.inst.write()
+}
+
+// checked waits for what the digest of the bootstrap says, if there is one.
+func (l *launch) checked(ctx context.Context) error {
+	if l.digest == nil {
+		return nil
+	}
+	select {
+	case err := <-l.digest:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("check bootstrap: %w", context.Cause(ctx))
+	}
 }
 
 // mounted waits for the daemon's mount to appear.

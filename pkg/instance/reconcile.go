@@ -3,6 +3,7 @@ package instance
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -123,7 +124,7 @@ func (r *Reconciler) pass(ctx context.Context) time.Duration {
 		return recheck
 	}
 	seen := map[string]time.Time{}
-	for _, key := range keys {
+	for _, key := range poolsLast(r.cfg.RunDir, keys) {
 		wait, err := r.look(ctx, key, x)
 		if err != nil && !errors.Is(err, errLocked) && !errors.Is(err, errEnded) {
 			r.cfg.Log.Error("reconcile instance", "instance", key, "error", err)
@@ -138,6 +139,20 @@ func (r *Reconciler) pass(ctx context.Context) time.Duration {
 	}
 	r.idle = seen
 	return max(next, settle)
+}
+
+// poolsLast sorts pools behind the instances that have berths in them: what these
+// give up, a pool is free of in the same pass.
+func poolsLast(runDir string, keys []string) []string {
+	var images, pools []string
+	for _, key := range keys {
+		if rec, err := ReadRecord(runDir, key); err == nil && rec.shared() {
+			pools = append(pools, key)
+		} else {
+			images = append(images, key)
+		}
+	}
+	return append(images, pools...)
 }
 
 // look handles one instance and returns when it is to be looked at again.
@@ -195,15 +210,19 @@ func (r *Reconciler) leave(key string, x *mountIndex) (time.Duration, bool) {
 	if err != nil || len(gone) > 0 {
 		return 0, false
 	}
-	left := r.left(key, len(targets) > 0)
+	left := r.left(key, len(targets) > 0, rec.Current)
 	return left, left > 0
 }
 
-// left returns how long the instance may stay, 0 when its time is over.
-func (r *Reconciler) left(key string, used bool) time.Duration {
+// left returns how long the instance may stay, 0 when its time is over. A pool has
+// no linger of its own: its images have lingered.
+func (r *Reconciler) left(key string, used bool, g *Generation) time.Duration {
 	if used {
 		delete(r.idle, key)
 		return time.Hour
+	}
+	if g.Shared {
+		return 0
 	}
 	now := r.cfg.Now()
 	if _, ok := r.idle[key]; !ok {
@@ -229,11 +248,11 @@ func (r *Reconciler) linger(i *Instance) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	if left := r.left(key, len(targets) > 0); left > 0 {
+	if left := r.left(key, len(targets) > 0, i.rec.Current); left > 0 {
 		return left, nil
 	}
 	delete(r.idle, key)
-	if foreign, err := elsewhere(i.rec.Current, x); err != nil || foreign {
+	if foreign, err := i.elsewhere(x); err != nil || foreign {
 		if foreign && !r.foreign[key] {
 			r.foreign[key] = true
 			r.cfg.Log.Warn("an instance is mounted in another mount namespace, where its users cannot be seen from here: it is left alone; "+
@@ -246,8 +265,21 @@ func (r *Reconciler) linger(i *Instance) (time.Duration, error) {
 	return time.Hour, i.retire()
 }
 
-// elsewhere tells whether a generation serves, but not where x was read.
-func elsewhere(g *Generation, x *mountIndex) (bool, error) {
+// elsewhere tells whether the instance serves, but not where x was read. For an
+// image in a pool that is for the pool's own mountpoint to say, for as long as it has
+// one.
+func (i *Instance) elsewhere(x *mountIndex) (bool, error) {
+	g := i.rec.Current
+	if g.Berth != nil {
+		pool, err := ReadRecord(i.dir.runDir(), g.Berth.Pool)
+		if errors.Is(err, fs.ErrNotExist) || err == nil && (pool.Current == nil || pool.Current.Number != g.Berth.Generation) {
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		g = pool.Current
+	}
 	if m, ok := x.At(g.Mountpoint); ok && m.Dev == g.Dev {
 		return false, nil
 	}
@@ -263,7 +295,7 @@ func elsewhere(g *Generation, x *mountIndex) (bool, error) {
 // tells: its last mount may have gone long before, or in another namespace.
 func (r *Reconciler) await(ctx context.Context, retired []Generation) (ended error) {
 	for _, g := range retired {
-		if r.waiting[g.PID] {
+		if r.waiting[g.PID] || g.Berth != nil {
 			continue
 		}
 		p, err := nydusd.Find(g.PID, g.StartTime)

@@ -40,7 +40,7 @@ type Record struct {
 	Retired []Generation `json:"retired,omitempty"`
 }
 
-// Generation is one daemon with its mount.
+// Generation is one daemon with its mount, or a mount of an image in a pool.
 type Generation struct {
 	Number int `json:"number"`
 	// Ready is set once the filesystem has answered. Until then nothing uses it.
@@ -80,6 +80,18 @@ type Generation struct {
 	Unmet       []string `json:"unmet,omitempty"`
 	// Started is when the daemon was started.
 	Started time.Time `json:"started"`
+	// Berth is set when the image is in a pool: there is no daemon of its own, and
+	// PID, Socket and Supervisor are empty.
+	Berth *Berth `json:"berth,omitempty"`
+	// Shared says that this is a pool's: the daemon serves Passengers.
+	Shared     bool        `json:"shared,omitempty"`
+	Passengers []Passenger `json:"passengers,omitempty"`
+	// Revision counts what was added to the daemon since its start: a state that a
+	// daemon handed over before lacks it.
+	Revision int `json:"revision,omitempty"`
+	// Private is the directory of the daemon in each cache directory, when it cannot
+	// share them.
+	Private string `json:"private,omitempty"`
 }
 
 // User is one overlay that the mount helper made on an instance. Overlays name

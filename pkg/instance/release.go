@@ -95,14 +95,22 @@ func indexOf(table rootfs.Table) *mountIndex {
 }
 
 // users lists the mounts that use a generation, which may be nil for none, by
-// their targets, and the files of users that are gone.
+// their targets, and the files of users that are gone. A pool is also used by the
+// instances that have a berth in it, which are listed by their keys.
 func users(d dir, g *Generation, x *mountIndex) (targets, gone []string, err error) {
 	if g != nil && g.Dev != "" {
 		for _, m := range x.byDev[g.Dev] {
-			if !isMountpoint(m.Target, g) {
+			if g.holds(m) && !isMountpoint(m.Target, g) {
 				targets = append(targets, m.Target)
 			}
 		}
+	}
+	if g != nil && g.Shared {
+		keys, err := aboard(d, g)
+		if err != nil {
+			return nil, nil, err
+		}
+		targets = append(targets, keys...)
 	}
 	entries, err := os.ReadDir(d.users())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -201,13 +209,14 @@ func (i *Instance) Detach() error { return i.retire() }
 // Undo is Detach for who has just brought the instance up and mounted nothing
 // on it: it waits, briefly, until nothing is left of it.
 func (i *Instance) Undo(ctx context.Context) error {
+	g := i.rec.Current
 	if err := i.retire(); err != nil {
 		return err
 	}
 	i.awaitRetired(ctx)
 	err := i.sweep()
 	_, cleanup := i.removeIfEmpty(i.removeBootstrap)
-	return errors.Join(err, cleanup)
+	return errors.Join(err, cleanup, i.vacatePool(ctx, g))
 }
 
 // retire takes the current generation out of use. Its daemon ends with the last
@@ -248,7 +257,7 @@ func (i *Instance) sweep() error {
 		if g.Kept && !i.wanted(&g) {
 			g.Kept = false
 		}
-		ended, err := finish(i.rec.Key, g)
+		ended, err := i.finish(&g)
 		if !ended {
 			left = append(left, g)
 		}
@@ -272,7 +281,7 @@ func (i *Instance) settled(g *Generation) error {
 	if g.Socket == "" || time.Since(g.Started) > settleWait+DefaultStartTimeout {
 		return nil
 	}
-	p, err := nydusd.Find(g.PID, g.StartTime)
+	p, err := i.dir.daemon(g)
 	if err != nil || p == nil {
 		return err
 	}
@@ -314,7 +323,10 @@ const endWait = time.Second
 // finish removes a retired generation if its daemon has ended. One whose
 // filesystem is gone serves nobody and is made to end. While somebody replaces the
 // daemon it has not ended, whatever it looks like.
-func finish(key string, g Generation) (ended bool, err error) {
+func (i *Instance) finish(g *Generation) (ended bool, err error) {
+	if g.Berth != nil {
+		return i.leave(g)
+	}
 	lock, err := openFile(genDir(filepath.Dir(g.Mountpoint)).succession(), unix.O_RDWR|unix.O_CREAT)
 	if err == nil {
 		defer lock.Close()
@@ -346,10 +358,32 @@ func finish(key string, g Generation) (ended bool, err error) {
 	if p == nil && g.Kept {
 		return false, nil // its successor is on its way
 	}
-	if err := removeGeneration(key, g); err != nil {
+	if g.Shared {
+		if err := os.RemoveAll(i.berths(g)); err != nil {
+			return false, fmt.Errorf("remove bootstraps: %w", err)
+		}
+	}
+	if err := removeGeneration(i.rec.Key, *g); err != nil {
 		return false, err
 	}
 	return true, nil
+}
+
+// leave removes what a retired generation in a pool left, once it has no users. An
+// open file that the mount table does not show keeps the pool's daemon.
+func (i *Instance) leave(g *Generation) (ended bool, err error) {
+	if err := unmount(g.Mountpoint); err != nil {
+		return false, err
+	}
+	x, err := readMounts()
+	if err != nil {
+		return false, err
+	}
+	targets, _, err := users(i.dir, g, x)
+	if err != nil || len(targets) > 0 {
+		return false, err
+	}
+	return true, removeGeneration(i.rec.Key, *g)
 }
 
 // removeGeneration removes what a generation left: its mount, its files, its
@@ -358,7 +392,7 @@ func finish(key string, g Generation) (ended bool, err error) {
 // mounted there cannot lose a file.
 func removeGeneration(key string, g Generation) error {
 	d := genDir(filepath.Dir(g.Mountpoint))
-	if !g.Ready {
+	if !g.Ready && g.Berth == nil {
 		if err := killOrphans(g); err != nil {
 			return err
 		}
@@ -434,10 +468,26 @@ func (i *Instance) removeBootstrap() error {
 		return nil // killed before it had one, or there never was
 	}
 	disk := diskDirOf(i.rec.Root, i.rec.Key)
-	if err := errors.Join(remove(disk.bootstrap()), remove(disk.bootstrap()+".new")); err != nil {
+	if err := errors.Join(remove(disk.bootstrap()), remove(disk.bootstrap()+".new"), i.removeBerths(disk)); err != nil {
 		return fmt.Errorf("remove instance from disk: %w", err)
 	}
 	return nil
+}
+
+// removeBerths removes what a pool has on disk beside its log, once it has no
+// daemon, nor anybody else of its name.
+func (i *Instance) removeBerths(disk diskDir) error {
+	if i.rec.Current != nil || len(i.rec.Retired) > 0 {
+		return nil
+	}
+	var errs []error
+	for _, pattern := range []string{"g[0-9]*", "slot*.lock"} {
+		left, _ := filepath.Glob(filepath.Join(string(disk), pattern))
+		for _, path := range left {
+			errs = append(errs, os.RemoveAll(path))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // reattach brings a retired generation back that some plain mount of it still
@@ -458,7 +508,7 @@ func (i *Instance) reattach(ctx context.Context) (bool, error) {
 		if err != nil {
 			// It would not answer the next mount either.
 			i.rec.Retired[n].Failed = true
-			i.note("nydusd %d does not answer and is replaced: %v", g.PID, err)
+			i.note("nydusd does not answer and is replaced: %v", err)
 			if err := i.write(); err != nil {
 				return false, err
 			}
@@ -477,7 +527,7 @@ func (i *Instance) reattach(ctx context.Context) (bool, error) {
 // is mounted. Not succeeding is normal: that mount, and the daemon, may go away at
 // any moment. An error says that the filesystem does not answer.
 func (i *Instance) rebind(ctx context.Context, x *mountIndex, g Generation) (bool, error) {
-	p, err := nydusd.Find(g.PID, g.StartTime)
+	p, err := i.dir.daemon(&g)
 	if err != nil || p == nil {
 		return false, nil
 	}
@@ -486,7 +536,7 @@ func (i *Instance) rebind(ctx context.Context, x *mountIndex, g Generation) (boo
 		return false, nil
 	}
 	for _, m := range x.byDev[g.Dev] {
-		if m.Root != "/" || m.Target == g.Mountpoint || !strings.HasPrefix(m.Type, "fuse") {
+		if m.Root != g.root() || m.Target == g.Mountpoint || !strings.HasPrefix(m.Type, "fuse") {
 			continue
 		}
 		if rootfs.Bind(m.Target, g.Mountpoint, nil) != nil {
@@ -510,7 +560,7 @@ func (i *Instance) rebind(ctx context.Context, x *mountIndex, g Generation) (boo
 // does not answer.
 func (i *Instance) proven(ctx context.Context, p *nydusd.Process, g Generation) (bool, error) {
 	m, ok, err := rootfs.Lookup(g.Mountpoint)
-	if err != nil || !ok || m.Dev != g.Dev {
+	if err != nil || !ok || !g.holds(m) {
 		return false, nil
 	}
 	if err := askWithin(ctx, g.Mountpoint, i.hang); errors.Is(err, errNoAnswer) {
@@ -530,6 +580,9 @@ func (i *Instance) awaitRetired(ctx context.Context) bool {
 		deadline = d
 	}
 	for _, g := range i.rec.Retired {
+		if g.Berth != nil {
+			continue // no daemon ends with it
+		}
 		p, err := nydusd.Find(g.PID, g.StartTime)
 		if err != nil {
 			continue
@@ -580,29 +633,27 @@ func generationBeneath(d dir, rec *Record, x *mountIndex, target string) *Genera
 	}
 	u, err := readUser(d.user(target))
 	made := err == nil && u != nil && slices.Contains(u.mounts(x), target)
-	m, _ := x.At(target)
-	dev := m.Dev
+	m, ok := x.At(target)
 	if m.Type == "overlay" {
-		dev = lowerDev(x.Table, m)
+		m, ok = lowerMount(x.Table, m)
 	}
 	for _, g := range all {
-		if made && u.Generation == g.Number || dev != "" && g.Dev == dev {
+		if g.Shared {
+			continue // that is the instance of its images
+		}
+		if made && u.Generation == g.Number || ok && g.Dev != "" && g.holds(m) {
 			return &g
 		}
 	}
 	return nil
 }
 
-// lowerDev is the device of the lowest layer of an overlay that containerd made
-// on a mount of the image; empty when its text does not tell.
-func lowerDev(table rootfs.Table, overlay rootfs.Mount) string {
+// lowerMount is the lowest layer of an overlay that containerd made on a mount of
+// the image, when its text tells.
+func lowerMount(table rootfs.Table, overlay rootfs.Mount) (rootfs.Mount, bool) {
 	text, _ := overlay.Option("lowerdir")
 	lowers := strings.Split(text, ":")
-	m, ok := table.At(lowers[len(lowers)-1])
-	if !ok {
-		return ""
-	}
-	return m.Dev
+	return table.At(lowers[len(lowers)-1])
 }
 
 // Keys lists the instances of a run directory. One that does not exist has none.
@@ -666,7 +717,11 @@ func Release(ctx context.Context, runDir, key, target string) error {
 			return nil
 		}
 	}
-	return i.retire()
+	g := i.rec.Current
+	if err := i.retire(); err != nil {
+		return err
+	}
+	return i.releasePool(ctx, g, own)
 }
 
 // Replace takes the generation out of use that the root filesystem on target
@@ -690,7 +745,7 @@ func Replace(ctx context.Context, runDir, key, target string) error {
 		return nil
 	}
 	current.Failed = true
-	i.note("nydusd %d does not answer the hook and is replaced", current.PID)
+	i.note("nydusd does not answer the hook and is replaced")
 	return i.retire()
 }
 
@@ -706,6 +761,9 @@ func Sweep(ctx context.Context, runDir string) {
 		i, err := open(ctx, dirOf(runDir, key), openTry, 0)
 		if err != nil {
 			continue
+		}
+		if g := i.rec.Current; g != nil && g.Shared && g.Ready {
+			err = i.retireIdle()
 		}
 		if i.rec.Current == nil && i.sweep() == nil {
 			_, err = i.removeIfEmpty(i.removeDisk)
@@ -723,6 +781,9 @@ func (i *Instance) removeDisk() error {
 		return nil // killed before it had one, or there never was
 	}
 	d := diskDirOf(i.rec.Root, i.rec.Key)
+	if err := i.removeBerths(d); err != nil {
+		return fmt.Errorf("remove instance from disk: %w", err)
+	}
 	for _, path := range []string{d.bootstrap(), d.bootstrap() + ".new", d.log(), d.log() + ".1", string(d)} {
 		if err := remove(path); err != nil {
 			return fmt.Errorf("remove instance from disk: %w", err)

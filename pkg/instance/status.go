@@ -42,20 +42,26 @@ type Status struct {
 	PID int `json:"pid"`
 	// RSS is the daemon's memory in bytes, 0 when there is none.
 	RSS int64 `json:"rss"`
-	// Mounts is how many overlays and binds use it in this mount namespace.
+	// Mounts is how many overlays and binds use it in this mount namespace; of a
+	// pool, how many images.
 	Mounts int `json:"mounts"`
 	// Nydusd is the executable, Socket its API.
 	Nydusd string `json:"nydusd"`
 	Socket string `json:"socket"`
-	// Started is when the generation's first daemon was started.
+	// Started is when the generation's first daemon was started, or the image was
+	// given to the daemon that it shares.
 	Started time.Time `json:"started"`
 	// Restarts is how many daemons have succeeded it.
 	Restarts int `json:"restarts"`
+	// Pool is the instance of the daemon that the image shares with others, and of
+	// that daemon itself; empty for a daemon of the image's own.
+	Pool string `json:"pool,omitempty"`
 }
 
-// Replaceable tells whether a daemon serves it that another can succeed.
+// Replaceable tells whether a daemon serves it that another can succeed. A shared
+// one is replaced under its own instance.
 func (s *Status) Replaceable() bool {
-	return s.PID > 0 && s.State != StateStarting && s.State != StateDead
+	return s.PID > 0 && s.State != StateStarting && s.State != StateDead && (s.Pool == "" || s.Pool == s.Instance)
 }
 
 // List tells what is in a run directory, by image. It takes no lock and touches no
@@ -112,14 +118,34 @@ func statusOf(d dir, rec *Record, x *mountIndex) ([]Status, error) {
 func (r *Record) status(d dir, g *Generation, x *mountIndex) (Status, error) {
 	s := Status{
 		Instance: r.Key, Generation: g.Number, Image: r.Image, Driver: r.Driver,
-		PID: g.PID, Nydusd: g.Nydusd, Socket: g.Socket, Started: g.Started, Restarts: g.Restarts,
+		Started: g.Started,
+	}
+	switch {
+	case g.Shared:
+		s.Pool = r.Key
+	case g.Berth != nil:
+		s.Pool = g.Berth.Pool
 	}
 	targets, _, err := users(d, g, x)
 	if err != nil {
 		return s, err
 	}
-	s.Mounts = len(targets)
-	p, err := nydusd.Find(g.PID, g.StartTime)
+	if s.Mounts = len(targets); g.Shared {
+		keys, err := aboard(d, g)
+		if err != nil {
+			return s, err
+		}
+		s.Mounts = len(keys)
+	}
+	of, err := d.carrier(g)
+	if err != nil {
+		return s, err
+	}
+	if of == nil {
+		of = &Generation{Nydusd: g.Nydusd} // its pool is gone
+	}
+	s.PID, s.Socket, s.Restarts, s.Nydusd = of.PID, of.Socket, of.Restarts, of.Nydusd
+	p, err := nydusd.Find(of.PID, of.StartTime)
 	if err != nil {
 		return s, err
 	}

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 )
 
@@ -180,44 +181,74 @@ func Retire(ctx context.Context, runDir, key string, generation int) (err error)
 // ConfigPaths lists the configurations, secrets, of what a generation's daemon
 // serves.
 func ConfigPaths(runDir string, g Generation) []string {
-	return []string{ConfigPath(g)}
+	if !g.Shared {
+		return []string{ConfigPath(g)}
+	}
+	pool := dir(filepath.Dir(filepath.Dir(filepath.Dir(g.Mountpoint))))
+	var paths []string
+	for _, p := range g.Passengers {
+		rec, err := ReadRecord(runDir, p.Key)
+		if err != nil {
+			continue // it has been released, or tells others what is wrong
+		}
+		for _, of := range rec.Generations() {
+			if of.in(pool, &g) {
+				paths = append(paths, ConfigPath(of))
+			}
+		}
+	}
+	return paths
 }
 
 // Restart replaces an instance whose daemon has ended and cannot be succeeded: the
 // dead mount is taken off, and a new daemon started so that the next mount finds
 // it. What lies on the dead one keeps failing. It does nothing when the generation
-// is not the current one, or serves.
-func Restart(ctx context.Context, runDir, key string, generation int, timeout time.Duration) (err error) {
+// is not the current one, or serves. Of a pool it restarts the images.
+func Restart(ctx context.Context, runDir, key string, generation int, timeout time.Duration) error {
+	passengers, err := restart(ctx, runDir, key, generation, timeout)
+	errs := []error{err}
+	for _, p := range passengers {
+		_, err := restart(ctx, runDir, p.key, p.generation, timeout)
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// restart returns, for a pool that it took out of use, what was on it.
+func restart(ctx context.Context, runDir, key string, generation int, timeout time.Duration) (passengers []place, err error) {
 	i, err := open(ctx, dirOf(runDir, key), openExisting, lockWait)
 	if errors.Is(err, errGone) {
-		return nil
+		return nil, nil
 	}
 	if err != nil {
-		return fmt.Errorf("instance %s: %w", key, err)
+		return nil, fmt.Errorf("instance %s: %w", key, err)
 	}
 	defer func() { err = errors.Join(err, i.Close()) }()
 	g := i.rec.Current
 	if g == nil || g.Number != generation || !g.Ready {
-		return nil
+		return nil, nil
 	}
-	if p, err := nydusd.Find(g.PID, g.StartTime); err != nil || p != nil {
-		return errors.Join(err, closeIf(p))
+	if p, err := i.dir.daemon(g); err != nil || p != nil {
+		return nil, errors.Join(err, closeIf(p))
+	}
+	if g.Shared {
+		return i.evacuate()
 	}
 	config, err := os.ReadFile(genDir(filepath.Dir(g.Mountpoint)).config())
 	if err != nil {
-		return fmt.Errorf("read nydusd's configuration: %w", err)
+		return nil, fmt.Errorf("read nydusd's configuration: %w", err)
 	}
 	s := i.rec.spec(*g, runDir, string(config), timeout)
 	if err := i.retire(); err != nil {
-		return err
+		return nil, err
 	}
 	if err := i.sweep(); err != nil {
 		i.note("clean up: %v", err)
 	}
 	if err := i.start(ctx, s); err != nil {
-		return fmt.Errorf("image %s (instance %s): %w", s.Image, key, err)
+		return nil, fmt.Errorf("image %s (instance %s): %w", s.Image, key, err)
 	}
-	return nil
+	return nil, nil
 }
 
 func closeIf(p *nydusd.Process) error {
@@ -237,5 +268,8 @@ func (r *Record) spec(g Generation, runDir, config string, timeout time.Duration
 	s.Daemon.Path, s.Daemon.Threads, s.Daemon.LogLevel = g.Nydusd, g.Threads, g.LogLevel
 	s.Daemon.OOMScoreAdj, s.Daemon.CgroupParent, s.Daemon.StartTimeout = g.OOMScoreAdj, g.Cgroup, timeout
 	s.Daemon.MemoryLimit, s.Daemon.CPULimit = g.MemoryLimit, g.CPULimit
+	if g.Berth != nil {
+		s.Daemon.Mode = mountspec.ModeShared
+	}
 	return s
 }

@@ -37,6 +37,16 @@ const (
 	DriverFUSE Driver = "fuse"
 )
 
+// Mode says how many images a nydusd serves.
+type Mode string
+
+const (
+	// ModeDedicated is a nydusd for each image.
+	ModeDedicated Mode = ""
+	// ModeShared is one nydusd for many images.
+	ModeShared Mode = "shared"
+)
+
 // Names of the directories within Spec.SnapshotDir, fixed by Kata.
 const (
 	upperDir = "fs"
@@ -121,6 +131,8 @@ type Daemon struct {
 	// and CPULimit in thousandths of a core; 0 is no limit.
 	MemoryLimit int64 `json:"memory_limit,omitempty"`
 	CPULimit    int   `json:"cpu_limit,omitempty"`
+	// Mode says whether it serves this image alone.
+	Mode Mode `json:"mode,omitempty"`
 }
 
 // Credentials open a registry. At most one of the two is set.
@@ -189,6 +201,9 @@ func (s *Spec) Validate() error {
 	}
 	if s.Driver != DriverAuto && s.Driver != DriverFUSE {
 		fail("driver %q: want %q or %q", s.Driver, DriverAuto, DriverFUSE)
+	}
+	if s.Daemon.Mode != ModeDedicated && s.Daemon.Mode != ModeShared {
+		fail("daemon mode %q: want %q, or nothing for one of its own", s.Daemon.Mode, ModeShared)
 	}
 	if !isHex(s.Instance, 32) {
 		fail("instance %q: want 32 hex digits", s.Instance)

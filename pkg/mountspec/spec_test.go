@@ -55,6 +55,7 @@ func TestValidateNamesEveryFault(t *testing.T) {
 	}{
 		"kind":                {func(s *Spec) { s.Kind = "disk" }, []string{`kind "disk"`}},
 		"fs version":          {func(s *Spec) { s.FSVersion = "6" }, []string{`fs_version "6"`}},
+		"daemon mode":         {func(s *Spec) { s.Daemon.Mode = "dedicated" }, []string{`daemon mode "dedicated"`}},
 		"driver":              {func(s *Spec) { s.Driver = "" }, []string{`driver ""`}},
 		"instance":            {func(s *Spec) { s.Instance = "../../x" }, []string{`instance "../../x"`}},
 		"instance in capital": {func(s *Spec) { s.Instance = strings.Repeat("AB", 16) }, []string{"instance"}},

@@ -127,6 +127,17 @@ func SetCacheDir(config, dir string) (string, error) {
 	})
 }
 
+// SetID returns the configuration text with a name for what it configures. Of two
+// images in one daemon nydusd takes the same backend and the same memory of blobs
+// when their configurations are equal: what one says of a blob would count for the
+// other.
+func SetID(config, id string) (string, error) {
+	return edit(config, func(d parsed) error {
+		d.named["id"] = id
+		return nil
+	})
+}
+
 // Origin tells which blobs a configuration reads and where it keeps them.
 type Origin struct {
 	// Host and Repository name a registry; for any other backend Host is empty
@@ -208,6 +219,8 @@ func holdsSecret(backend map[string]any) bool {
 type parsed struct {
 	kind           string
 	backend, cache map[string]any
+	// named is the object with the configuration's id.
+	named map[string]any
 	// addCache makes cache a part of the configuration if it is not yet.
 	addCache func()
 }
@@ -224,11 +237,13 @@ func edit(config string, change func(parsed) error) (string, error) {
 		backend := object(device, "backend")
 		p.kind, _ = backend["type"].(string)
 		p.backend = object(backend, "config")
+		p.named = device
 		p.findCache(device, "blobcache", "config")
 	} else {
 		backend := object(tree, "backend")
 		p.kind, _ = backend["type"].(string)
 		p.backend = object(backend, p.kind)
+		p.named = tree
 		p.findCache(tree, "filecache", "filecache")
 	}
 	if p.kind == "" || p.backend == nil {

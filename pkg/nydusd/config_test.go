@@ -202,3 +202,14 @@ func FuzzEdit(f *testing.F) {
 		}
 	})
 }
+
+func TestSetID(t *testing.T) {
+	for in, want := range map[string]string{
+		registryV1: strings.Replace(registryV1, `"device":{`, `"device":{"id":"x.1",`, 1),
+		registryV2: strings.Replace(registryV2, `"version":2`, `"version":2,"id":"x.1"`, 1),
+	} {
+		if got, err := SetID(in, "x.1"); err != nil || !reflect.DeepEqual(tree(t, got), tree(t, want)) {
+			t.Errorf("%v\n got %s\nwant %s", err, got, want)
+		}
+	}
+}

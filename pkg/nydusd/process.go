@@ -21,11 +21,12 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
 )
 
-// Command describes one daemon that serves one image over FUSE.
+// Command describes one daemon that serves images over FUSE.
 type Command struct {
 	// Path is the executable.
 	Path string
-	// Config is the configuration file, Bootstrap the image's metadata file.
+	// Config is the configuration file, Bootstrap the image's metadata file. Without
+	// both the daemon begins with no image: see AddSubmount.
 	Config, Bootstrap string
 	// Mountpoint is an existing, empty directory.
 	Mountpoint string
@@ -154,7 +155,7 @@ func (c Command) args() []string {
 	args := []string{c.Path, "fuse"}
 	if c.Successor {
 		args = append(args, "--upgrade")
-	} else {
+	} else if c.Bootstrap != "" {
 		args = append(args, "--config", c.Config, "--bootstrap", c.Bootstrap)
 	}
 	args = append(args, "--mountpoint", c.Mountpoint, "--apisock", c.Socket,

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/health"
@@ -35,6 +36,10 @@ type follower struct {
 	broken, left bool
 	// wake says that what a successor needs may have changed.
 	wake chan struct{}
+	// latest is the revision of what the daemon serves, revision that of what is
+	// kept.
+	latest   atomic.Int64
+	revision int64
 	// ooms is how many were killed at their memory limit before the present one.
 	ooms int
 
@@ -185,7 +190,7 @@ func (f *follower) keep(ctx context.Context, p *nydusd.Process) (done bool) {
 	if f.r.cfg.Policy != PolicyFailover || f.g.Supervisor == "" {
 		return true
 	}
-	if f.kept() != nil {
+	if f.kept() != nil && f.revision == f.latest.Load() {
 		f.served()
 		return true
 	}
@@ -210,6 +215,7 @@ func (f *follower) keep(ctx context.Context, p *nydusd.Process) (done bool) {
 		f.log.Warn("what a successor of nydusd needs is too long to hand over: when it dies its containers fail", "pid", f.g.PID, "bytes", len(c.State), "most", custody.MaxState)
 		_ = c.Close()
 	case err == nil:
+		f.revision = int64(s.Generation.Revision)
 		f.set(c)
 		f.change(ctx, func(g *instance.Generation) { g.Kept = true })
 	case errors.Is(err, custody.ErrUnable):
@@ -329,6 +335,9 @@ func (f *follower) adopt() {
 
 func (f *follower) set(c *custody.Custody) {
 	f.mu.Lock()
+	if f.custody != nil {
+		_ = f.custody.Close()
+	}
 	f.custody = c
 	f.server.pid, f.server.start = f.g.PID, f.g.StartTime
 	f.mu.Unlock()

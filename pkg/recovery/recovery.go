@@ -157,6 +157,9 @@ func (r *Recovery) look(ctx context.Context, all *sync.WaitGroup) (pending bool)
 			continue
 		}
 		for _, g := range rec.Generations() {
+			if g.Berth != nil {
+				continue // its pool has the daemon
+			}
 			if !g.Ready {
 				pending = true
 				continue
@@ -172,10 +175,15 @@ func (r *Recovery) follow(ctx context.Context, all *sync.WaitGroup, rec *instanc
 	name := fmt.Sprintf("%s.g%d", rec.Key, g.Number)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if _, ok := r.followed[name]; ok {
+	if f, ok := r.followed[name]; ok {
+		// What was added to a shared daemon is not in what is kept of it.
+		if f.latest.Swap(int64(g.Revision)) != int64(g.Revision) {
+			poke(f.wake)
+		}
 		return
 	}
 	f := &follower{r: r, name: name, rec: rec, g: g, wake: make(chan struct{}, 1), log: r.cfg.Log.With("instance", rec.Key, "generation", g.Number, "image", rec.Image)}
+	f.latest.Store(int64(g.Revision))
 	r.followed[name] = f
 	all.Go(func() {
 		f.run(ctx)

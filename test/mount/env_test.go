@@ -64,6 +64,7 @@ type env struct {
 	bin   string
 	tools kit.Tools
 	snaps *int
+	mode  mountspec.Mode // what options ask for
 }
 
 // in is the same node for a subtest.
@@ -341,7 +342,7 @@ func (e *env) spec(f *fixture) *mountspec.Spec {
 		Driver: mountspec.DriverAuto,
 		Daemon: mountspec.Daemon{
 			Path: e.tools.Nydusd, LogLevel: "info", Threads: 2, StartTimeout: startTimeout,
-			OOMScoreAdj: oomScore, CgroupParent: cgroupParent(),
+			OOMScoreAdj: oomScore, CgroupParent: cgroupParent(), Mode: e.mode,
 		},
 	}
 	config, err := nydusd.Config{Backend: nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: f.blobs}, CacheDir: s.CacheDir}.JSON()
@@ -507,17 +508,41 @@ func (e *env) kill(pid int) {
 	}
 }
 
-// record reads the only instance's record.
+// record reads the only image's record.
 func (e *env) record() *instance.Record {
+	e.t.Helper()
+	images, _ := e.records()
+	if len(images) != 1 {
+		e.t.Fatalf("%d instances, want one", len(images))
+	}
+	return images[0]
+}
+
+// records reads all records: those of images, and of the daemons they share.
+func (e *env) records() (images, pools []*instance.Record) {
 	e.t.Helper()
 	keys, err := instance.Keys(runDir)
 	must(e.t, err)
-	if len(keys) != 1 {
-		e.t.Fatalf("instances %v, want one", keys)
+	for _, key := range keys {
+		r, err := instance.ReadRecord(runDir, key)
+		must(e.t, err)
+		if all := r.Generations(); len(all) > 0 && all[0].Shared {
+			pools = append(pools, r)
+		} else {
+			images = append(images, r)
+		}
 	}
-	r, err := instance.ReadRecord(runDir, keys[0])
-	must(e.t, err)
-	return r
+	return images, pools
+}
+
+// pool reads the record of the only shared daemon.
+func (e *env) pool() *instance.Record {
+	e.t.Helper()
+	_, pools := e.records()
+	if len(pools) != 1 {
+		e.t.Fatalf("%d pools, want one", len(pools))
+	}
+	return pools[0]
 }
 
 // wrapper is an executable in nydusd's place: a script with $REAL for the real

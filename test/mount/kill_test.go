@@ -30,9 +30,10 @@ type killer struct {
 	target string
 }
 
-func newKiller(t *testing.T) *killer {
+func newKiller(t *testing.T, mode mountspec.Mode) *killer {
 	t.Helper()
 	e := newEnv(t)
+	e.mode = mode
 	k := &killer{env: e, img: small(t, "one"), target: e.target()}
 	k.spec = e.spec(k.img)
 	k.option = e.option(k.spec)
@@ -115,13 +116,16 @@ func TestHelperKilledAtRandomMoments(t *testing.T) {
 		linger  time.Duration
 		running bool // a reconciler runs meanwhile
 		times   int
+		mode    mountspec.Mode
 	}{
-		{"no reconciler", 0, false, 70},
-		{"eager reconciler", 0, true, 65},
-		{"idle instances linger", 30 * time.Millisecond, true, 65},
+		{"no reconciler", 0, false, 70, mountspec.ModeDedicated},
+		{"eager reconciler", 0, true, 65, mountspec.ModeDedicated},
+		{"idle instances linger", 30 * time.Millisecond, true, 65, mountspec.ModeDedicated},
+		{"shared without reconciler", 0, false, 50, mountspec.ModeShared},
+		{"shared with an eager reconciler", 0, true, 50, mountspec.ModeShared},
 	} {
 		t.Run(state.name, func(t *testing.T) {
-			k := newKiller(t)
+			k := newKiller(t, state.mode)
 			cold, warm := k.span(k.cold), k.span(func() {})
 			if state.running {
 				r := k.reconcile(state.linger)
@@ -200,7 +204,15 @@ func (k *killer) killAfter(d time.Duration) (finished bool) {
 
 // The helper is killed before each of its system calls that could matter.
 func TestHelperKilledAtEveryStep(t *testing.T) {
-	k := newKiller(t)
+	killAtEveryStep(t, mountspec.ModeDedicated)
+}
+
+func TestHelperKilledAtEveryStepToASharedDaemon(t *testing.T) {
+	killAtEveryStep(t, mountspec.ModeShared)
+}
+
+func killAtEveryStep(t *testing.T, mode mountspec.Mode) {
+	k := newKiller(t, mode)
 	for _, state := range []string{"cold", "warm"} {
 		steps := 0
 		for step := 1; ; step++ {
