@@ -153,7 +153,7 @@ func (d nydusdOf) spec() mountspec.Daemon {
 		path = fallbackNydusd
 	}
 	return mountspec.Daemon{
-		Path: path, LogLevel: d.LogLevel, Threads: d.Threads, StartTimeout: d.StartTimeout, HangTimeout: d.HangTimeout,
+		Path: path, LogLevel: d.LogLevel, LogMaxSize: int64(d.LogMaxSize), Threads: d.Threads, StartTimeout: d.StartTimeout, HangTimeout: d.HangTimeout,
 		OOMScoreAdj: d.OOMScoreAdj, CgroupParent: d.CgroupParent,
 		MemoryLimit: d.limits.Memory, CPULimit: d.limits.CPU,
 	}
