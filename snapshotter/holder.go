@@ -36,6 +36,9 @@ func holderOf(cfg config.Config) (holder, error) {
 
 func (h holder) socket() string { return filepath.Join(h.runDir, "holder.sock") }
 
+// log is where the holder writes what it has to say.
+func (h holder) log() string { return filepath.Join(h.root, "holder.log") }
+
 // connect is a recovery.Connector.
 func (h holder) connect(_ context.Context, start bool) (recovery.Spare, error) {
 	s, err := h.find()
@@ -75,7 +78,7 @@ func (h holder) start() (err error) {
 	if err := os.Remove(h.socket()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("start holder: %w", err)
 	}
-	log, err := os.OpenFile(filepath.Join(h.root, "holder.log"), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	log, err := os.OpenFile(h.log(), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return fmt.Errorf("start holder: %w", err)
 	}

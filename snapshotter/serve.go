@@ -117,6 +117,9 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	background, stop := context.WithCancel(ctx)
 	var done sync.WaitGroup
 	done.Go(func() { keepRunning(background, "unused images are not released", reconciler.Run) })
+	done.Go(func() {
+		keepRunning(background, "logs of daemons are neither passed on nor bounded", followLogs(cfg, spare.log()))
+	})
 	done.Go(func() { keepRunning(background, "daemons that die are not replaced", recoverer.Run) })
 	hung := hang.New(hang.Config{
 		RunDir: cfg.RunDir, Timeout: cfg.Daemon.HangTimeout, Asker: &probe.Prober{Program: spare.program}, Log: slog.Default(),

@@ -157,7 +157,7 @@ func (d nydusdOf) spec() mountspec.Daemon {
 		mode = mountspec.ModeShared
 	}
 	return mountspec.Daemon{
-		Path: path, Mode: mode, LogLevel: d.LogLevel, Threads: d.Threads, StartTimeout: d.StartTimeout, HangTimeout: d.HangTimeout,
+		Path: path, Mode: mode, LogLevel: d.LogLevel, LogMaxSize: int64(d.LogMaxSize), Threads: d.Threads, StartTimeout: d.StartTimeout, HangTimeout: d.HangTimeout,
 		OOMScoreAdj: d.OOMScoreAdj, CgroupParent: d.CgroupParent,
 		MemoryLimit: d.limits.Memory, CPULimit: d.limits.CPU,
 	}

@@ -2,6 +2,8 @@ package config
 
 import (
 	_ "embed"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
@@ -43,6 +45,8 @@ type Daemon struct {
 	NydusdPath string `toml:"nydusd_path"`
 	// LogLevel is one of LogLevels.
 	LogLevel string `toml:"log_level"`
+	// LogMaxSize bounds the log of one nydusd; what is older takes as much again.
+	LogMaxSize Size `toml:"log_max_size"`
 	// Threads is the number of FUSE threads, 0 for nydusd's own choice.
 	Threads int `toml:"threads"`
 	// StartTimeout bounds the time from exec to a filesystem that answers.
@@ -78,6 +82,32 @@ const (
 	ModeDedicated DaemonMode = "dedicated"
 	ModeShared    DaemonMode = "shared"
 )
+
+// Size is a number of bytes, written with K, M or G behind it: "16M".
+type Size int64
+
+// String returns the size as it is written.
+func (s Size) String() string {
+	unit := ""
+	for _, larger := range []string{"K", "M", "G"} {
+		if s == 0 || s%1024 != 0 {
+			break
+		}
+		s, unit = s/1024, larger
+	}
+	return strconv.FormatInt(int64(s), 10) + unit
+}
+
+// MarshalText returns the size as it is written.
+func (s Size) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// parseSize reads a size.
+func parseSize(text string) (Size, bool) {
+	digits := strings.TrimRight(text, "KMG")
+	unit, ok := map[string]Size{"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[text[len(digits):]]
+	n, err := strconv.ParseUint(digits, 10, 31)
+	return Size(n) * unit, ok && err == nil
+}
 
 // RecoverPolicy is what to do about a daemon that died; see package recovery.
 type RecoverPolicy string
@@ -154,6 +184,7 @@ func Default() Config {
 		Address: "/run/nydus-snapshotter/nydus-snapshotter.sock",
 		Daemon: Daemon{
 			LogLevel:     "info",
+			LogMaxSize:   mountspec.DefaultLogMaxSize,
 			StartTimeout: 20 * time.Second,
 			HangTimeout:  10 * time.Second,
 			OOMScoreAdj:  mountspec.DefaultOOMScoreAdj,

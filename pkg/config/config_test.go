@@ -69,6 +69,7 @@ version = 1
 root = "/data/nydus"
 daemon.oom_score_adj = 0
 daemon.cgroup_parent = ""
+daemon.log_max_size = "65536"
 mount = { idle_linger = "0s", style = "managed" }
 [remote]
 plain_http = ["registry.example:5000", "[::1]:5000", "[fd00::1]"]
@@ -79,6 +80,7 @@ plain_http = ["registry.example:5000", "[::1]:5000", "[fd00::1]"]
 	want := Default()
 	want.Root, want.Address, want.Log.Level = "/data/nydus", "/run/other.sock", "debug"
 	want.Daemon.OOMScoreAdj, want.Daemon.CgroupParent = 0, ""
+	want.Daemon.LogMaxSize = 64 << 10
 	want.Mount.IdleLinger, want.Mount.Style = 0, StyleManaged
 	want.Remote.PlainHTTP = []string{"registry.example:5000", "[::1]:5000", "[fd00::1]"}
 	if !reflect.DeepEqual(got, want) {
@@ -206,6 +208,12 @@ func TestSingleFaults(t *testing.T) {
 		"version = 1\naddress = \"/var/lib\"":                                                            "must not be root",
 		"version = 1\ndaemon.nydusd_path = \"nydusd\"":                                                   "want an absolute path",
 		"version = 1\ndaemon.start_timeout = \"1ms\"":                                                    "want 100ms to 10m",
+		"version = 1\ndaemon.log_max_size = 7":                                                           `want a size as text, such as "16M", got the number 7`,
+		"version = 1\ndaemon.log_max_size = \"16KM\"":                                                    `"16KM" is no size`,
+		"version = 1\ndaemon.log_max_size = \"\"":                                                        `"" is no size`,
+		"version = 1\ndaemon.log_max_size = \"1M6\"":                                                     `"1M6" is no size`,
+		"version = 1\ndaemon.log_max_size = \"63K\"":                                                     "is 63K, want 64K to 1G",
+		"version = 1\ndaemon.log_max_size = \"1025M\"":                                                   "is 1025M, want 64K to 1G",
 		"version = 1\ndaemon.threads = -1":                                                               "want 0",
 		"version = 1\ndaemon.threads = 99999999999":                                                      "32 bits",
 		"version = 1\ndaemon.cgroup_parent = \"/a/../b\"":                                                "cgroup hierarchy",

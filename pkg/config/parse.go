@@ -133,6 +133,18 @@ func (p *parser) assign(key string, value any, into reflect.Value) {
 			return
 		}
 		into.SetInt(int64(d))
+	case into.Type() == reflect.TypeFor[Size]():
+		text, ok := value.(string)
+		if !ok {
+			p.fail(key, `want a size as text, such as "16M", got %s`, kindOf(value))
+			return
+		}
+		size, ok := parseSize(text)
+		if !ok {
+			p.fail(key, `%q is no size; write it as "512K", "16M" or "1G"`, text)
+			return
+		}
+		into.SetInt(int64(size))
 	case into.Kind() == reflect.String:
 		text, ok := value.(string)
 		if !ok {

@@ -32,6 +32,9 @@ const (
 	minHangTimeout  = time.Second
 	maxHangTimeout  = time.Hour
 	maxLinger       = 24 * time.Hour
+
+	minLog = 64 << 10
+	maxLog = 1 << 30
 )
 
 // Validate returns every fault of c, without lines.
@@ -131,6 +134,9 @@ func (v *validator) daemon(d Daemon) {
 		}
 	}
 	v.oneOf("daemon.log_level", d.LogLevel, LogLevels()...)
+	if d.LogMaxSize < minLog || d.LogMaxSize > maxLog {
+		v.fail("daemon.log_max_size", "is %s, want %s to %s", d.LogMaxSize, Size(minLog), Size(maxLog))
+	}
 	if d.Threads < 0 || d.Threads > maxThreads {
 		v.fail("daemon.threads", "is %d, want 0 (nydusd's choice) to %d", d.Threads, maxThreads)
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/logs"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
 )
 
@@ -109,7 +110,7 @@ func (i *Instance) note(format string, args ...any) {
 	if i.rec.Root == "" {
 		return
 	}
-	if f, err := openLog(diskDirOf(i.rec.Root, i.rec.Key).log()); err == nil {
+	if f, err := appendLog(diskDirOf(i.rec.Root, i.rec.Key).log()); err == nil {
 		fmt.Fprintf(f, "[%s] mount helper: %s\n", time.Now().UTC().Format(time.RFC3339), fmt.Sprintf(format, args...))
 		f.Close()
 	}
@@ -247,7 +248,7 @@ func (l *launch) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if l.log, err = openLog(l.disk.log()); err != nil {
+	if l.log, err = openLog(l.disk.log(), s.Daemon.LogMaxSize); err != nil {
 		return err
 	}
 	if info, err := l.log.Stat(); err == nil {
@@ -308,7 +309,7 @@ func (l *launch) next() {
 	dir := l.inst.dir.gen(n)
 	l.gen = Generation{
 		Number: n, Mountpoint: dir.mountpoint(), Socket: dir.socket(), Supervisor: dir.supervisor(),
-		Threads: s.Daemon.Threads, LogLevel: s.Daemon.LogLevel, OOMScoreAdj: s.Daemon.OOMScoreAdj,
+		Threads: s.Daemon.Threads, LogLevel: s.Daemon.LogLevel, LogMaxSize: s.Daemon.LogMaxSize, OOMScoreAdj: s.Daemon.OOMScoreAdj,
 		Nydusd: s.Daemon.Path, Cgroup: s.Daemon.CgroupParent, MemoryLimit: s.Daemon.MemoryLimit, CPULimit: s.Daemon.CPULimit,
 		Started: time.Now().UTC(), Alone: s.Alone, Shared: l.shared,
 	}
@@ -495,7 +496,7 @@ func (l *launch) failed(what string) error {
 	if kills, err := OOMKills(l.spec.Key, l.gen); err == nil && kills > 0 {
 		msg += fmt.Sprintf("; the kernel killed it for memory, of which it may use %d bytes: raise [cgroup] memory", l.gen.MemoryLimit)
 	}
-	if tail := nydusd.Tail(l.disk.log(), l.logStart, 5); tail != "" {
+	if tail := nydusd.Tail(l.disk.log(), l.logStart, 5, nydusd.Secrets(l.spec.Config)...); tail != "" {
 		msg += fmt.Sprintf("; the end of %s: %s", l.disk.log(), tail)
 	}
 	return errors.New(msg)
@@ -546,17 +547,28 @@ func warn(log *os.File, p *nydusd.Process) {
 	}
 }
 
-// maxLog is the size at which a log is set aside when its daemon is started
-// anew.
-const maxLog = 16 << 20
-
-// openLog opens the log to append to it, as the daemon must too.
-func openLog(path string) (*os.File, error) {
-	if info, err := os.Stat(path); err == nil && info.Size() > maxLog {
-		if err := os.Rename(path, path+".1"); err != nil {
-			return nil, fmt.Errorf("rotate log: %w", err)
-		}
+// openLog opens the log for a daemon, which appends to it. A limit of 0 is the
+// default one.
+func openLog(path string, limit int64) (*os.File, error) {
+	if limit <= 0 {
+		limit = mountspec.DefaultLogMaxSize
 	}
+	f, err := appendLog(path)
+	if err != nil {
+		return nil, err
+	}
+	// A running snapshotter does this all the time, but none may run.
+	if _, err := logs.Cut(path, limit); err != nil {
+		fmt.Fprintf(f, "mount helper: warning: %v\n", err)
+	}
+	if info, err := f.Stat(); err == nil {
+		// Without it a full disk may end the daemon, but it has not begun yet.
+		_ = logs.Reserve(f, info.Size())
+	}
+	return f, nil
+}
+
+func appendLog(path string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Clean(path), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open log: %w", err)

@@ -345,7 +345,7 @@ func (r *Reconciler) removeGone() {
 // as after a reboot: the bootstrap at once, the log when it is old.
 func (r *Reconciler) pruneDisk(ctx context.Context) {
 	r.pruned = r.cfg.Now()
-	entries, err := os.ReadDir(filepath.Join(r.cfg.Root, "instances"))
+	entries, err := os.ReadDir(DiskDir(r.cfg.Root))
 	if err != nil {
 		return // there never was an instance
 	}

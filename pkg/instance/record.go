@@ -61,9 +61,10 @@ type Generation struct {
 	Kept bool `json:"kept,omitempty"`
 	// Restarts counts the successors.
 	Restarts int `json:"restarts,omitempty"`
-	// Threads, LogLevel and OOMScoreAdj are how it was started.
+	// Threads, LogLevel, LogMaxSize and OOMScoreAdj are how it was started.
 	Threads     int    `json:"threads,omitempty"`
 	LogLevel    string `json:"log_level,omitempty"`
+	LogMaxSize  int64  `json:"log_max_size,omitempty"`
 	OOMScoreAdj int    `json:"oom_score_adj,omitempty"`
 	// Dev is the filesystem's device number, "major:minor".
 	Dev string `json:"dev,omitempty"`
@@ -145,10 +146,17 @@ func (d genDir) succession() string { return filepath.Join(string(d), "successio
 type diskDir string
 
 func diskDirOf(root, key string) diskDir {
-	return diskDir(filepath.Join(root, "instances", key))
+	return diskDir(filepath.Join(DiskDir(root), key))
 }
+
+// DiskDir is where each instance has a directory on disk, named by its key.
+func DiskDir(root string) string { return filepath.Join(root, "instances") }
+
+// LogName is the name of the daemon's log in it.
+const LogName = "nydusd.log"
+
 func (d diskDir) bootstrap() string { return filepath.Join(string(d), "bootstrap") }
-func (d diskDir) log() string       { return filepath.Join(string(d), "nydusd.log") }
+func (d diskDir) log() string       { return filepath.Join(string(d), LogName) }
 
 // LogPath is where the daemons of an instance write.
 func LogPath(r *Record) string { return diskDirOf(r.Root, r.Key).log() }

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/logs"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
 )
 
@@ -784,7 +785,8 @@ func (i *Instance) removeDisk() error {
 	if err := i.removeBerths(d); err != nil {
 		return fmt.Errorf("remove instance from disk: %w", err)
 	}
-	for _, path := range []string{d.bootstrap(), d.bootstrap() + ".new", d.log(), d.log() + ".1", string(d)} {
+	files := append([]string{d.bootstrap(), d.bootstrap() + ".new"}, logs.Files(d.log())...)
+	for _, path := range append(files, string(d)) {
 		if err := remove(path); err != nil {
 			return fmt.Errorf("remove instance from disk: %w", err)
 		}

@@ -125,7 +125,7 @@ func (s *Succession) Start(path string) (p *nydusd.Process, socket string, err e
 	if err := os.MkdirAll(g.Mountpoint, 0o700); err != nil {
 		return nil, "", fmt.Errorf("make the mountpoint's directory: %w", err)
 	}
-	log, err := openLog(diskDirOf(s.Record.Root, key).log())
+	log, err := openLog(diskDirOf(s.Record.Root, key).log(), g.LogMaxSize)
 	if err != nil {
 		return nil, "", err
 	}
@@ -265,7 +265,7 @@ func (r *Record) spec(g Generation, runDir, config string, timeout time.Duration
 		Image: r.Image, Bootstrap: diskDirOf(r.Root, r.Key).bootstrap(), Config: config, Root: r.Root, RunDir: runDir,
 		Driver: r.Driver,
 	}
-	s.Daemon.Path, s.Daemon.Threads, s.Daemon.LogLevel = g.Nydusd, g.Threads, g.LogLevel
+	s.Daemon.Path, s.Daemon.Threads, s.Daemon.LogLevel, s.Daemon.LogMaxSize = g.Nydusd, g.Threads, g.LogLevel, g.LogMaxSize
 	s.Daemon.OOMScoreAdj, s.Daemon.CgroupParent, s.Daemon.StartTimeout = g.OOMScoreAdj, g.Cgroup, timeout
 	s.Daemon.MemoryLimit, s.Daemon.CPULimit = g.MemoryLimit, g.CPULimit
 	if g.Berth != nil {

@@ -103,8 +103,9 @@ type Spec struct {
 	Credentials *Credentials
 }
 
-// Where daemons live when nobody says otherwise: see Daemon.
+// How daemons live when nobody says otherwise: see Daemon.
 const (
+	DefaultLogMaxSize   = 16 << 20
 	DefaultOOMScoreAdj  = -998
 	DefaultCgroupParent = "/nydus"
 )
@@ -115,6 +116,8 @@ type Daemon struct {
 	Path string `json:"path"`
 	// LogLevel is nydusd's: trace, debug, info, warn or error.
 	LogLevel string `json:"log_level,omitempty"`
+	// LogMaxSize bounds its log in bytes, 0 for the default.
+	LogMaxSize int64 `json:"log_max_size,omitempty"`
 	// Threads is the number of FUSE threads, 0 for nydusd's default.
 	Threads int `json:"threads,omitempty"`
 	// StartTimeout bounds the time from exec to a filesystem that answers.

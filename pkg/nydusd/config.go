@@ -1,9 +1,11 @@
 package nydusd
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/url"
 	"path/filepath"
 	"strings"
 )
@@ -203,16 +205,46 @@ func BackendOf(config string) (kind string, settings map[string]any, err error) 
 	return kind, settings, err
 }
 
-// holdsSecret looks for the settings that let somebody in. A URL may hold a
-// password.
+// holdsSecret looks for secrets. A URL may hold a password.
 func holdsSecret(backend map[string]any) bool {
-	for _, name := range []string{"auth", "registry_token", "access_key_id", "access_key_secret"} {
+	for _, name := range secrets() {
 		if v, ok := backend[name].(string); ok && v != "" {
 			return true
 		}
 	}
-	url, _ := object(backend, "proxy")["url"].(string)
-	return strings.Contains(url, "@")
+	proxy, _ := object(backend, "proxy")["url"].(string)
+	return strings.Contains(proxy, "@")
+}
+
+// Secrets lists what must not be shown of a configuration, in the forms in which a
+// daemon writes it into its log.
+func Secrets(config string) []string {
+	var all []string
+	// A configuration that cannot be read tells a daemon nothing either.
+	_, _ = edit(config, func(d parsed) error {
+		for _, name := range secrets() {
+			value, _ := d.backend[name].(string)
+			if value == "" {
+				continue
+			}
+			all = append(all, value)
+			if _, password, ok := strings.Cut(decode(value), ":"); ok && name == "auth" {
+				all = append(all, password, url.QueryEscape(password), url.PathEscape(password))
+			}
+		}
+		return nil
+	})
+	return all
+}
+
+func decode(text string) string {
+	b, _ := base64.StdEncoding.DecodeString(text)
+	return string(b)
+}
+
+// secrets are the settings of backends that let somebody in.
+func secrets() []string {
+	return []string{"auth", "registry_token", "access_key_id", "access_key_secret"}
 }
 
 // parsed gives access to the two parts of a configuration that we touch.

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/logs"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
 )
 
@@ -737,20 +738,10 @@ func versionOf(text string) (major, minor int) {
 	return major, minor
 }
 
-// plain drops the colours that nydusd writes around errors for a terminal.
-func plain(s string) string {
-	var b strings.Builder
-	for s != "" {
-		before, after, _ := strings.Cut(s, "\x1b[")
-		b.WriteString(before)
-		s = strings.TrimPrefix(strings.TrimLeft(after, "0123456789;"), "m")
-	}
-	return b.String()
-}
-
-// Tail returns the last lines of a log file, at most n, joined by " | ",
-// without colours. It looks at what stands behind offset only.
-func Tail(path string, offset int64, n int) string {
+// Tail returns the last lines of a log file, at most n, joined by " | ", printable
+// and without credentials, the given secrets among them. It looks at what stands behind offset only, at all when
+// the log was cut since.
+func Tail(path string, offset int64, n int, secrets ...string) string {
 	f, err := os.Open(filepath.Clean(path))
 	if err != nil {
 		return ""
@@ -761,7 +752,15 @@ func Tail(path string, offset int64, n int) string {
 	if err != nil {
 		return ""
 	}
+	if size < offset {
+		offset = 0
+	}
 	got, _ := f.ReadAt(buf, max(offset, size-int64(len(buf))))
-	lines := strings.Split(strings.TrimSpace(plain(string(buf[:got]))), "\n")
-	return strings.Join(lines[max(0, len(lines)-n):], " | ")
+	lines := strings.Split(strings.TrimSpace(string(buf[:got])), "\n")
+	lines = lines[max(0, len(lines)-n):]
+	hide := logs.NewHider(secrets...)
+	for n, line := range lines {
+		lines[n] = hide.Hide(logs.Clean(line))
+	}
+	return strings.Join(lines, " | ")
 }

@@ -1,5 +1,6 @@
 // Package client speaks nydusd's API: HTTP over the daemon's unix socket, as
-// upstream's nydus-api defines it. Errors name the call, the socket and the cause.
+// upstream's nydus-api defines it. Errors name the call, the socket, the instance and
+// the cause.
 //
 // A daemon that hangs does not answer here either: every call is bounded by its
 // context, and by Timeout. Do not use it in the mount helper, which links no HTTP;
@@ -9,12 +10,14 @@ package client
 
 import (
 	"context"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"path/filepath"
 	"strings"
 	"time"
 )
@@ -130,9 +133,20 @@ func (c *Client) call(ctx context.Context, method, path string, answer any) erro
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return fmt.Errorf("%s %s at %s: %w", method, path, c.socket, err)
+		return fmt.Errorf("%s %s at %s: %w", method, path, c.where(), err)
 	}
 	return nil
+}
+
+// where names the socket, and the instance whose daemon it is: their directories
+// have the instances' keys for names, see package instance.
+func (c *Client) where() string {
+	generation := filepath.Dir(c.socket)
+	key := filepath.Base(filepath.Dir(generation))
+	if raw, err := hex.DecodeString(key); err != nil || len(raw) != 16 {
+		return c.socket
+	}
+	return fmt.Sprintf("%s (instance %s, generation %s)", c.socket, key, strings.TrimPrefix(filepath.Base(generation), "g"))
 }
 
 func (c *Client) do(ctx context.Context, method, path string, answer any) (err error) {

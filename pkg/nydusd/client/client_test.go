@@ -68,6 +68,12 @@ func TestErrors(t *testing.T) {
 	if !errors.As(err, &refused) || refused.Status != http.StatusBadRequest || refused.Message != "UnexpectedEvent" || !strings.Contains(err.Error(), "PUT /api/v1/daemon/start at "+refuse) {
 		t.Errorf("refused: %v", err)
 	}
+	var key = strings.Repeat("0a", 16)
+	gone := filepath.Join(t.TempDir(), "i", key, "g3", "s1.sock")
+	want := "PUT /api/v1/daemon/fuse/takeover at " + gone + " (instance " + key + ", generation 3): no such file or directory"
+	if err := New(gone).Takeover(t.Context()); err == nil || err.Error() != want {
+		t.Errorf("an instance's daemon that is gone: %v, want %s", err, want)
+	}
 	none := filepath.Join(t.TempDir(), "none")
 	if err := New(none).Exit(t.Context()); err == nil || !strings.Contains(err.Error(), none) || !strings.Contains(err.Error(), "no such file") || strings.Contains(err.Error(), "http://") {
 		t.Errorf("no socket: %v", err)
