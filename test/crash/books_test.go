@@ -107,8 +107,8 @@ func (l *lab) balance() {
 }
 
 const (
-	// holderFiles are the descriptors by which the snapshotter knows the holder that it started.
-	holderFiles = 2
+	// holderFiles is the descriptor by which the snapshotter knows the holder that it started.
+	holderFiles = 1
 	// talks are its connections when it is idle: its own socket, containerd's, the
 	// holder's, and those of the runtime.
 	talks = 10

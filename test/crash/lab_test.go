@@ -67,11 +67,18 @@ func newDepot(t *testing.T) *depot {
 	return d
 }
 
-// fresh pushes the image under a name of its own: nothing of it is cached.
+// fresh pushes the image under a name of its own, with a bootstrap layer of its own:
+// nothing of it is cached, and containerd takes it for another image.
 func (d *depot) fresh(t *testing.T) string {
 	t.Helper()
 	d.copies++
-	return d.MustPush(t, d.picture.Image, fmt.Sprintf("copy-%d:nydus", d.copies))
+	name := fmt.Sprintf("copy-%d", d.copies)
+	boot, err := d.picture.BootstrapBytes()
+	must(t, err)
+	img, err := d.picture.Hostile(t.TempDir(), kit.FileLayer(kit.File{Name: "image/"},
+		kit.File{Name: "image/image.boot", Data: string(boot)}, kit.File{Name: "image/name", Data: name}))
+	must(t, err)
+	return d.MustPush(t, img, name+":nydus")
 }
 
 // setup is how a node is set up.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -493,8 +494,35 @@ func (n *Node) close() {
 	if err := n.StopContainerd(); err != nil {
 		n.t.Errorf("close node: %v", err)
 	}
-	if err := n.StopSnapshotter(); err != nil {
+	if err := errors.Join(n.StopSnapshotter(), n.waitHolder(settle)); err != nil {
 		n.t.Errorf("close node: %v", err)
+	}
+}
+
+// waitHolder waits for the end of the snapshotter's holder, which ends after it.
+func (n *Node) waitHolder(within time.Duration) error {
+	socket := filepath.Join(n.cfg.RunDir, holderSocket)
+	deadline := time.Now().Add(within)
+	for {
+		all, err := Processes()
+		if err != nil {
+			return err
+		}
+		holders := slices.DeleteFunc(all, func(p Process) bool { return p.State == 'Z' || !slices.Contains(p.Cmdline, socket) })
+		if len(holders) == 0 {
+			return nil
+		}
+		if !time.Now().Before(deadline) {
+			return fmt.Errorf("still there %v after the snapshotter: %v", within, holders)
+		}
+		w, err := newWatch()
+		if err != nil {
+			return err
+		}
+		if w.follow(leftovers{procs: holders}) {
+			w.poll(time.Until(deadline))
+		}
+		w.close()
 	}
 }
 
