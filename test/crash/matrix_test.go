@@ -244,4 +244,3 @@ func (r *round) lost(v victim) {
 		}
 	}
 }
-
