@@ -173,6 +173,9 @@ func (r *round) play(c cell, kills int) {
 	} else {
 		r.survives(c, kills)
 	}
+	if r.watch.faulty() {
+		return // what is left shows what happened
+	}
 	r.forget(r.img)
 	r.forget(r.other)
 }
@@ -194,6 +197,9 @@ func (r *round) survives(c cell, kills int) {
 		c.victim.strike(r)
 	}
 	r.watch.served(r.c.ID())
+	if r.watch.faulty() {
+		return
+	}
 	r.found()
 	r.n++
 	r.comesAndGoes(fmt.Sprintf("after-%d", r.n), r.img)

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
@@ -265,7 +266,12 @@ func (w *watch) verdict() {
 // abortAll ends all requests of the test's FUSE filesystems: what hangs on them
 // fails then. It tells what it did.
 func abortAll() string {
-	const ctl = "/sys/fs/fuse/connections"
+	ctl := filepath.Join(kit.Scratch(), "fusectl") // the machine may not have it mounted
+	_ = os.Mkdir(ctl, 0o755)
+	if err := unix.Mount("fusectl", ctl, "fusectl", 0, ""); err != nil {
+		return fmt.Sprintf("cannot abort anything: mount fusectl: %v", err)
+	}
+	defer func() { _ = unix.Unmount(ctl, unix.MNT_DETACH) }()
 	mounts, err := mountinfo.GetMounts(nil)
 	if err != nil {
 		return err.Error()
@@ -274,7 +280,7 @@ func abortAll() string {
 	done := map[int]bool{}
 	for _, m := range mounts {
 		ours := strings.HasPrefix(m.Mountpoint, "/run/") || strings.HasPrefix(m.Mountpoint, kit.Scratch()+"/")
-		if !ours || !strings.HasPrefix(m.FSType, "fuse") || done[m.Minor] {
+		if !ours || m.FSType != "fuse" && !strings.HasPrefix(m.FSType, "fuse.") || done[m.Minor] {
 			continue
 		}
 		done[m.Minor] = true
