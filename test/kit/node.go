@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -494,35 +493,8 @@ func (n *Node) close() {
 	if err := n.StopContainerd(); err != nil {
 		n.t.Errorf("close node: %v", err)
 	}
-	if err := errors.Join(n.StopSnapshotter(), n.waitHolder(settle)); err != nil {
+	if err := n.StopSnapshotter(); err != nil {
 		n.t.Errorf("close node: %v", err)
-	}
-}
-
-// waitHolder waits for the end of the snapshotter's holder, which ends after it.
-func (n *Node) waitHolder(within time.Duration) error {
-	socket := filepath.Join(n.cfg.RunDir, holderSocket)
-	deadline := time.Now().Add(within)
-	for {
-		all, err := Processes()
-		if err != nil {
-			return err
-		}
-		holders := slices.DeleteFunc(all, func(p Process) bool { return p.State == 'Z' || !slices.Contains(p.Cmdline, socket) })
-		if len(holders) == 0 {
-			return nil
-		}
-		if !time.Now().Before(deadline) {
-			return fmt.Errorf("still there %v after the snapshotter: %v", within, holders)
-		}
-		w, err := newWatch()
-		if err != nil {
-			return err
-		}
-		if w.follow(leftovers{procs: holders}) {
-			w.poll(time.Until(deadline))
-		}
-		w.close()
 	}
 }
 
