@@ -144,3 +144,12 @@ func (l *lab) openFiles() error {
 	}
 	return nil
 }
+
+// openLike lists the open files of a process with a name.
+func (l *lab) openLike(pid int, name string) []string {
+	links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	return slices.DeleteFunc(links, func(link string) bool {
+		to, err := os.Readlink(link)
+		return err != nil || to != name
+	})
+}

@@ -245,7 +245,48 @@ func (s *soak) removeBox(b *box) {
 	s.boxes = slices.DeleteFunc(s.boxes, func(o *box) bool { return o == b })
 }
 
+// spared waits until the holder has what the snapshotter keeps: holder, snapshotter
+// and a daemon that end together are one too many.
+func (s *soak) spared() {
+	s.until("the holder has its copies", func(context.Context) error {
+		all, err := kit.Processes()
+		if err != nil {
+			return err
+		}
+		has, want := 0, 0
+		for _, p := range all {
+			if isHolder(p) {
+				has += len(s.openLike(p.PID, "/dev/fuse"))
+			}
+		}
+		for _, b := range s.which(true) {
+			g, err := s.serving(b.img.Image)
+			if err != nil {
+				return err
+			}
+			if g.Kept && b == s.first(b.img) {
+				want++
+			}
+		}
+		if has < want {
+			return fmt.Errorf("it has %d, want %d", has, want)
+		}
+		return nil
+	})
+}
+
+// first is the first container of an image that runs.
+func (s *soak) first(img *soaked) *box {
+	for _, b := range s.which(true) {
+		if b.img == img {
+			return b
+		}
+	}
+	return nil
+}
+
 func (s *soak) restartSnapshotter(sig unix.Signal) {
+	s.spared()
 	s.must(fmt.Sprintf("end the snapshotter with %v", sig), func(context.Context) error {
 		if !s.end2(s.node.Snapshotter, sig) {
 			return fmt.Errorf("it does not end")
