@@ -86,11 +86,11 @@ func (l *lab) end(p kit.Process) bool {
 	return true
 }
 
-// endOne waits for a process to be there and kills it.
-func (l *lab) endOne(what string, is func(kit.Process) bool) {
+// find waits for a process to be there and chooses one.
+func (l *lab) find(what string, is func(kit.Process) bool) (found kit.Process) {
 	l.t.Helper()
 	choice := l.random.Uint64() // once, however often it takes: a seed repeats a run
-	l.until("kill "+what, func(context.Context) error {
+	l.until("find "+what, func(context.Context) error {
 		all, err := kit.Processes()
 		if err != nil {
 			return err
@@ -99,11 +99,18 @@ func (l *lab) endOne(what string, is func(kit.Process) bool) {
 		if len(all) == 0 {
 			return fmt.Errorf("%s: %w", what, errNone)
 		}
-		if !l.end(all[choice%uint64(len(all))]) {
-			return fmt.Errorf("%s: it has just ended", what)
-		}
+		found = all[choice%uint64(len(all))]
 		return nil
 	})
+	return found
+}
+
+// endOne kills a process that somebody will start if it is not there.
+func (l *lab) endOne(what string, is func(kit.Process) bool) {
+	l.t.Helper()
+	for !l.end(l.find(what, is)) {
+		l.did("%s has just ended", what)
+	}
 }
 
 func isDaemon(p kit.Process) bool {
@@ -138,13 +145,15 @@ func (r *round) killSnapshotter() {
 
 func (r *round) killDaemonAndSnapshotter() {
 	r.t.Helper()
+	// Found before the snapshotter dies: nobody would start another.
+	p := r.find("nydusd", isDaemon)
 	waiting := r.reg.inFlight.Load()
 	if r.random.IntN(2) == 0 {
-		r.endOne("nydusd", isDaemon)
+		r.end(p)
 		must(r.t, r.node.KillSnapshotter())
 	} else {
 		must(r.t, r.node.KillSnapshotter())
-		r.endOne("nydusd", isDaemon)
+		r.end(p)
 	}
 	r.killed("nydusd and snapshotter", waiting)
 	r.moment(300 * time.Millisecond)
