@@ -6,6 +6,7 @@
 #   SBINDIR   where mount(8) finds its helpers    (default: /sbin; it looks nowhere else)
 #   DESTDIR   staging root for packages           (default: empty)
 #   RUN       go test -run pattern                (default: all)
+#   SOAK_TIME how long the random soak of `make soak` goes on (default: 30m)
 #   FUZZTIME  how long each fuzz target runs      (default: 30s)
 #   ARGS      further arguments of demo and bench (default: none)
 
@@ -113,6 +114,11 @@ test-e2e: need-root tools build ## conventions, end to end and kill points, with
 	cd test && $(GO) vet ./... && $(GO) test -p 1 -count=1 -timeout 60m -run '$(RUN)' ./...
 	@echo "== with the oldest supported nydusd"
 	cd test && NYDUS_DAEMON=old $(GO) test -p 1 -count=1 -timeout 60m -run '$(RUN)' ./mount ./e2e
+
+.PHONY: soak
+soak: need-root tools build ## the whole kill matrix, 50 kills in each cell, and the random soak, for SOAK_TIME (root, hours)
+	cd test && CRASH_CELLS=all CRASH_KILLS=$${CRASH_KILLS:-50} SOAK_TIME=$${SOAK_TIME:-30m} \
+	  $(GO) test -count=1 -v -timeout 24h -run '$(RUN)' ./crash
 
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME

@@ -248,7 +248,7 @@ func (l *launch) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if l.log, err = openLog(l.disk.log(), s.Daemon.LogMaxSize); err != nil {
+	if l.log, err = openLog(l.disk.log(), l.spec.Daemon.LogMaxSize); err != nil {
 		return err
 	}
 	if info, err := l.log.Stat(); err == nil {
