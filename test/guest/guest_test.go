@@ -53,8 +53,9 @@ func TestLimitsUnderSystemd(t *testing.T) {
 	}
 	born(t, r)
 	units(t, r)
-	if r.Kills[guest.Limited] != 1 || r.Restarts != 1 || r.Killed == r.Succeeded || r.Succeeded == 0 {
-		t.Errorf("%d kills for memory, %d restarts, nydusd %d then %d; want one kill and one successor", r.Kills[guest.Limited], r.Restarts, r.Killed, r.Succeeded)
+	// A successor may come before the memory is free again.
+	if r.Kills[guest.Limited] < 1 || r.Restarts != r.Kills[guest.Limited] || r.Killed == r.Succeeded || r.Succeeded == 0 {
+		t.Errorf("%d kills for memory, %d restarts, nydusd %d then %d; want a kill and a successor", r.Kills[guest.Limited], r.Restarts, r.Killed, r.Succeeded)
 	}
 	if r.Kills[guest.Other] != 0 || r.Served == 0 || r.Served != r.Serves {
 		t.Errorf("the other image: %d kills for memory, nydusd %d then %d; want it as it was", r.Kills[guest.Other], r.Served, r.Serves)
@@ -78,7 +79,7 @@ func TestLimitsUnderSystemd(t *testing.T) {
 // born checks what the daemons saw before their first instruction.
 func born(t *testing.T, r guest.Report) {
 	t.Helper()
-	if len(r.Born) != 2 || r.Born[0].Successor || !r.Born[1].Successor {
+	if len(r.Born) != 1+r.Restarts || r.Born[0].Successor || !r.Born[1].Successor {
 		t.Fatalf("started for the limited image: %+v; want a daemon and a successor", r.Born)
 	}
 	for _, b := range r.Born {
