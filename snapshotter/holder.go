@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
@@ -32,24 +34,45 @@ func holderOf(cfg config.Config) (holder, error) {
 	return holder{runDir: cfg.RunDir, root: cfg.Root, program: filepath.Join(filepath.Dir(self), "nydus-shim-hook")}, nil
 }
 
-// spare is recovery.Config's.
-func (h holder) spare(context.Context) (recovery.Spare, func(), error) {
-	socket := filepath.Join(h.runDir, "holder.sock")
-	s, err := custody.Connect(socket)
-	if err != nil {
-		if err := h.start(socket); err != nil {
-			return nil, nil, err
-		}
-		s, err = custody.Connect(socket)
+func (h holder) socket() string { return filepath.Join(h.runDir, "holder.sock") }
+
+// connect is a recovery.Connector.
+func (h holder) connect(_ context.Context, start bool) (recovery.Spare, error) {
+	s, err := h.find()
+	if err == nil {
+		return s, nil
 	}
-	if err != nil {
-		return nil, nil, err
+	if !start {
+		return nil, fmt.Errorf("%w: %w", recovery.ErrNoSpare, err)
 	}
-	return s, s.Gone, nil
+	if err := h.start(); err != nil {
+		return nil, err
+	}
+	if s, err = h.find(); err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
-func (h holder) start(socket string) (err error) {
-	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+// find connects to the holder that runs. One that does not answer, because it was
+// stopped, is ended: it is of no use.
+func (h holder) find() (*custody.Spare, error) {
+	s, err := custody.Connect(h.socket())
+	if err != nil {
+		return nil, err
+	}
+	_, err = s.Names()
+	if err == nil {
+		return s, nil
+	}
+	if pid := s.PID(); pid > 0 && errors.Is(err, os.ErrDeadlineExceeded) {
+		err = errors.Join(err, unix.Kill(pid, unix.SIGKILL))
+	}
+	return nil, errors.Join(err, s.Close())
+}
+
+func (h holder) start() (err error) {
+	if err := os.Remove(h.socket()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("start holder: %w", err)
 	}
 	log, err := os.OpenFile(filepath.Join(h.root, "holder.log"), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
@@ -57,7 +80,7 @@ func (h holder) start(socket string) (err error) {
 		return fmt.Errorf("start holder: %w", err)
 	}
 	defer log.Close()
-	p, err := nydusd.Start(nydusd.Command{Path: h.program, Args: []string{"holder", socket}, Log: log})
+	p, err := nydusd.Start(nydusd.Command{Path: h.program, Args: []string{"holder", h.socket()}, Log: log})
 	if err != nil {
 		return fmt.Errorf("start holder: %w; install nydus-shim-hook beside nydus-snapshotter", err)
 	}
@@ -66,5 +89,5 @@ func (h holder) start(socket string) (err error) {
 		p.Exit() // reap it
 		_ = p.Close()
 	}()
-	return p.WaitFile(socket, time.Now().Add(holderStart))
+	return p.WaitFile(h.socket(), time.Now().Add(holderStart))
 }

@@ -36,8 +36,7 @@ func psCommand() *cli.Command {
 		Usage:  "list mounted images and their daemons; needs no running snapshotter",
 		Before: noArguments,
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "config", Value: config.DefaultPath, Usage: "configuration `FILE`; the default one may be missing"},
-			&cli.StringFlag{Name: "run-dir", Usage: "`DIR` for mounted images, instead of the configured one"},
+			configFlag(), runDirFlag(),
 			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "print the instances' keys only"},
 			&cli.StringFlag{Name: "format", Value: "table", Usage: "table or json"},
 			&cli.BoolFlag{Name: "watch", Aliases: []string{"w"}, Usage: "go on, until interrupted"},
@@ -47,11 +46,7 @@ func psCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			over := config.Overrides{}
-			if c.IsSet("run-dir") {
-				over["run_dir"] = c.String("run-dir")
-			}
-			cfg, err := loadConfig(c.String("config"), c.IsSet("config"), over)
+			cfg, err := loadRunDir(c)
 			if err != nil {
 				return err
 			}
@@ -62,6 +57,23 @@ func psCommand() *cli.Command {
 			return p.once(c.Context)
 		},
 	}
+}
+
+func configFlag() cli.Flag {
+	return &cli.StringFlag{Name: "config", Value: config.DefaultPath, Usage: "configuration `FILE`; the default one may be missing"}
+}
+
+func runDirFlag() cli.Flag {
+	return &cli.StringFlag{Name: "run-dir", Usage: "`DIR` for mounted images, instead of the configured one"}
+}
+
+// loadRunDir reads the configuration for a command that has these two flags.
+func loadRunDir(c *cli.Context) (config.Config, error) {
+	over := config.Overrides{}
+	if c.IsSet("run-dir") {
+		over["run_dir"] = c.String("run-dir")
+	}
+	return loadConfig(c.String("config"), c.IsSet("config"), over)
 }
 
 // row is a line of the list.
@@ -180,12 +192,12 @@ func printJSON(w io.Writer, rows []row, _ time.Time) error {
 
 func printTable(w io.Writer, rows []row, now time.Time) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(t, "INSTANCE\tSTATE\tMOUNTS\tPID\tRSS\tVERSION\tDRIVER\tAGE\tIMAGE")
+	fmt.Fprintln(t, "INSTANCE\tSTATE\tMOUNTS\tPID\tRSS\tVERSION\tDRIVER\tAGE\tRESTARTS\tIMAGE")
 	for _, r := range rows {
 		key := r.Instance
-		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\t%s\n", key[:min(shortKey, len(key))], r.State, r.Mounts,
+		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\t%d\t%s\n", key[:min(shortKey, len(key))], r.State, r.Mounts,
 			dash(r.PID > 0, fmt.Sprint(r.PID)), dash(r.RSS > 0, fmt.Sprintf("%.1f MB", float64(r.RSS)/1e6)),
-			dash(r.Version != "", r.Version), r.Driver, age(now.Sub(r.Started)), r.Image)
+			dash(r.Version != "", r.Version), r.Driver, age(now.Sub(r.Started)), r.Restarts, r.Image)
 	}
 	return t.Flush()
 }

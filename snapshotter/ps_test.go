@@ -21,7 +21,7 @@ func sampleRows(now time.Time) []row {
 	return []row{
 		{Version: "2.4.0", Status: instance.Status{
 			Instance: "0123456789abcdef0123456789abcdef", Generation: 2, Image: "r.example/app:1", Driver: "fuse", State: instance.StateServing,
-			PID: 42, RSS: 25_700_000, Mounts: 3, Started: now.Add(-90 * time.Minute),
+			PID: 42, RSS: 25_700_000, Mounts: 3, Restarts: 2, Started: now.Add(-90 * time.Minute),
 		}},
 		{Status: instance.Status{
 			Instance: "0123456789abcdef0123456789abcdef", Generation: 1, Image: "r.example/app:1", Driver: "fuse", State: instance.StateDead,
@@ -34,9 +34,9 @@ func TestPsPrints(t *testing.T) {
 	now := time.Now()
 	var out bytes.Buffer
 	must(t, printTable(&out, sampleRows(now), now))
-	want := `INSTANCE      STATE    MOUNTS  PID  RSS      VERSION  DRIVER  AGE  IMAGE
-0123456789ab  serving  3       42   25.7 MB  2.4.0    fuse    90m  r.example/app:1
-0123456789ab  dead     0       -    -        -        fuse    2d   r.example/app:1
+	want := `INSTANCE      STATE    MOUNTS  PID  RSS      VERSION  DRIVER  AGE  RESTARTS  IMAGE
+0123456789ab  serving  3       42   25.7 MB  2.4.0    fuse    90m  2         r.example/app:1
+0123456789ab  dead     0       -    -        -        fuse    2d   0         r.example/app:1
 `
 	if out.String() != want {
 		t.Errorf("the table is\n%s, want\n%s", out.String(), want)

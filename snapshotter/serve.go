@@ -46,10 +46,10 @@ func serveCommand() *cli.Command {
 		Usage:  "serve containerd until SIGINT or SIGTERM",
 		Before: noArguments,
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "config", Value: config.DefaultPath, Usage: "configuration `FILE`; the default one may be missing"},
+			configFlag(),
 			&cli.StringFlag{Name: "address", Usage: "unix `SOCKET` for containerd, instead of the configured one"},
 			&cli.StringFlag{Name: "root", Usage: "`DIR` for layers and cache, instead of the configured one"},
-			&cli.StringFlag{Name: "run-dir", Usage: "`DIR` for mounted images, instead of the configured one"},
+			runDirFlag(),
 			&cli.StringFlag{Name: "log-level", Usage: "`LEVEL`, instead of the configured one"},
 		},
 		Action: func(c *cli.Context) error {
@@ -77,6 +77,10 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	if err := setupLog(cfg.Log); err != nil {
 		return err
 	}
+	nydusd, err := newNydusd(cfg)
+	if err != nil {
+		return err
+	}
 	lock, err := lockRoot(cfg.Root)
 	if err != nil {
 		return err
@@ -86,7 +90,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	if err != nil {
 		return err
 	}
-	sn, err := snapshot.New(ctx, snapshotOptions(cfg, key))
+	sn, err := snapshot.New(ctx, snapshotOptions(cfg, key, nydusd))
 	if err != nil {
 		return err
 	}
@@ -108,7 +112,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	}
 	recoverer := recovery.New(recovery.Config{
 		RunDir: cfg.RunDir, Policy: recovery.Policy(cfg.Daemon.RecoverPolicy), StartTimeout: cfg.Daemon.StartTimeout,
-		Spare: spare.spare, Log: slog.Default(),
+		Spare: spare.connect, Log: slog.Default(),
 	})
 	background, stop := context.WithCancel(ctx)
 	var done sync.WaitGroup
@@ -120,7 +124,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	done.Go(func() { keepRunning(background, "daemons that hang are not noticed", hung.Run) })
 	defer func() { stop(); done.Wait() }()
 
-	nydusdOf{cfg.Daemon}.warn(ctx)
+	nydusd.warn(ctx)
 	log.G(ctx).WithFields(log.Fields{"version": version, "root": cfg.Root, "address": cfg.Address, "style": cfg.Mount.Style}).Info("serving")
 	return answer(ctx, server, listener)
 }

@@ -2,11 +2,16 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
 
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
@@ -16,12 +21,12 @@ import (
 )
 
 // snapshotOptions connects the snapshotter with what it asks for.
-func snapshotOptions(cfg config.Config, key mountspec.Key) snapshot.Options {
+func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf) snapshot.Options {
 	o := snapshot.Options{
 		Root:        cfg.Root,
 		RunDir:      cfg.RunDir,
 		Managed:     cfg.Mount.Style == config.StyleManaged,
-		Daemon:      nydusdOf{cfg.Daemon}.spec,
+		Daemon:      daemon.spec,
 		Backends:    backends{resolver(cfg.Remote)},
 		Credentials: keychain{docker()},
 		Sealer:      sealer{key},
@@ -96,7 +101,46 @@ type sealer struct{ key mountspec.Key }
 // Seal implements snapshot.Sealer.
 func (s sealer) Seal(spec *mountspec.Spec) (string, error) { return mountspec.Encode(spec, s.key) }
 
-type nydusdOf struct{ config.Daemon }
+type nydusdOf struct {
+	config.Daemon
+	limits config.Limits
+}
+
+// newNydusd resolves the limits on this machine.
+func newNydusd(cfg config.Config) (nydusdOf, error) {
+	var machine unix.Sysinfo_t
+	if err := unix.Sysinfo(&machine); err != nil {
+		return nydusdOf{}, fmt.Errorf("learn how much memory this machine has: %w", err)
+	}
+	cpus, err := onlineCPUs("/sys/devices/system/cpu/online")
+	if err != nil {
+		return nydusdOf{}, err
+	}
+	limits, err := cfg.Cgroup.Limits(int64(machine.Totalram)*int64(machine.Unit), cpus)
+	return nydusdOf{cfg.Daemon, limits}, err
+}
+
+// onlineCPUs counts those in the kernel's list, such as "0-3,6". What this process
+// itself may run on is not what counts: daemons do not inherit it from us.
+func onlineCPUs(file string) (count int, err error) {
+	text, err := os.ReadFile(filepath.Clean(file))
+	if err != nil {
+		return 0, fmt.Errorf("count the CPUs: %w", err)
+	}
+	for _, part := range strings.Split(strings.TrimSpace(string(text)), ",") {
+		low, high, ranged := strings.Cut(part, "-")
+		if !ranged {
+			high = low
+		}
+		first, err1 := strconv.Atoi(low)
+		last, err2 := strconv.Atoi(high)
+		if err := errors.Join(err1, err2); err != nil || last < first {
+			return 0, fmt.Errorf("count the CPUs: %s says %q: %w", file, text, err)
+		}
+		count += last - first + 1
+	}
+	return count, nil
+}
 
 // fallbackNydusd stands in options while there is no nydusd, so that the mount
 // fails with its name.
@@ -111,6 +155,7 @@ func (d nydusdOf) spec() mountspec.Daemon {
 	return mountspec.Daemon{
 		Path: path, LogLevel: d.LogLevel, Threads: d.Threads, StartTimeout: d.StartTimeout, HangTimeout: d.HangTimeout,
 		OOMScoreAdj: d.OOMScoreAdj, CgroupParent: d.CgroupParent,
+		MemoryLimit: d.limits.Memory, CPULimit: d.limits.CPU,
 	}
 }
 

@@ -31,6 +31,7 @@ type Config struct {
 	Address string `toml:"address"`
 
 	Daemon Daemon `toml:"daemon"`
+	Cgroup Cgroup `toml:"cgroup"`
 	Mount  Mount  `toml:"mount"`
 	Log    Log    `toml:"log"`
 	Remote Remote `toml:"remote"`
@@ -55,6 +56,16 @@ type Daemon struct {
 	CgroupParent string `toml:"cgroup_parent"`
 	// RecoverPolicy says what happens to an image whose daemon dies.
 	RecoverPolicy RecoverPolicy `toml:"recover_policy"`
+}
+
+// Cgroup limits each nydusd within the cgroup that Daemon.CgroupParent gives it.
+// Empty texts are no limits; Limits has the numbers.
+type Cgroup struct {
+	// Memory is in bytes, with K, M or G behind it, or a percentage of the
+	// machine's.
+	Memory string `toml:"memory"`
+	// CPU is in cores, such as "1.5", or a percentage of all CPUs.
+	CPU string `toml:"cpu"`
 }
 
 // RecoverPolicy is what to do about a daemon that died; see package recovery.
@@ -137,7 +148,7 @@ func Default() Config {
 			OOMScoreAdj:  mountspec.DefaultOOMScoreAdj,
 			CgroupParent: mountspec.DefaultCgroupParent,
 
-			RecoverPolicy: RecoverNone,
+			RecoverPolicy: RecoverFailover,
 		},
 		Mount: Mount{
 			Style:       StyleHelper,

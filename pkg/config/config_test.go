@@ -113,6 +113,10 @@ oom_score_adj = -1001
 nydusd-path = "/x"
 cgroup_parent = true
 
+[cgroup]
+memory = "64mb"
+cpu = 2
+
 [mount]
 style = "managed"
 credentials = "plain"
@@ -142,16 +146,18 @@ address = ":9110"
 		"line 11: daemon.oom_score_adj: is -1001",
 		"line 12: daemon.nydusd-path: unknown key; did you mean nydusd_path?",
 		"line 13: daemon.cgroup_parent: want text, got true or false",
-		`line 17: mount.credentials: "plain" is for Kata`,
-		`line 17: mount.credentials: is "plain", but remote.backend "localfs"`,
-		`line 18: mount.idle_linger: "soon" is no duration`,
-		"line 21: log.format: want text, got a list",
-		`line 24: remote.backend: is "localfs", with which`,
-		`line 25: remote.localfs_dir: "/a,b" has a character`,
-		`line 26: remote.plain_http: "https://registry.example": want a registry`,
-		`line 26: remote.plain_http: "a.example" is listed twice`,
-		"line 27: remote.skip_verify: want a list of texts, element 1 is the number 3",
-		"line 29: metrics: unknown key",
+		`line 16: cgroup.memory: "64mb": want bytes`,
+		"line 17: cgroup.cpu: want text, got the number 2",
+		`line 21: mount.credentials: "plain" is for Kata`,
+		`line 21: mount.credentials: is "plain", but remote.backend "localfs"`,
+		`line 22: mount.idle_linger: "soon" is no duration`,
+		"line 25: log.format: want text, got a list",
+		`line 28: remote.backend: is "localfs", with which`,
+		`line 29: remote.localfs_dir: "/a,b" has a character`,
+		`line 30: remote.plain_http: "https://registry.example": want a registry`,
+		`line 30: remote.plain_http: "a.example" is listed twice`,
+		"line 31: remote.skip_verify: want a list of texts, element 1 is the number 3",
+		"line 33: metrics: unknown key",
 	}
 	_, err := Parse("f.toml", []byte(text), nil)
 	var all *Error
@@ -166,7 +172,7 @@ address = ":9110"
 			t.Errorf("fault %d is %q, want %q", i, all.Faults[i], w)
 		}
 	}
-	if !strings.HasPrefix(err.Error(), "configuration f.toml has 21 faults:\n  line 1:") {
+	if !strings.HasPrefix(err.Error(), "configuration f.toml has 23 faults:\n  line 1:") {
 		t.Errorf("got %q", err)
 	}
 }
@@ -203,6 +209,25 @@ func TestSingleFaults(t *testing.T) {
 		"version = 1\ndaemon.threads = -1":                                                               "want 0",
 		"version = 1\ndaemon.threads = 99999999999":                                                      "32 bits",
 		"version = 1\ndaemon.cgroup_parent = \"/a/../b\"":                                                "cgroup hierarchy",
+		"version = 1\ncgroup.memory = \"-1M\"":                                                           "want bytes",
+		"version = 1\ncgroup.memory = \"1.5G\"":                                                          "want bytes",
+		"version = 1\ncgroup.memory = \"M\"":                                                             "want bytes",
+		"version = 1\ncgroup.memory = \"64MM\"":                                                          "want bytes",
+		"version = 1\ncgroup.memory = \"15M\"":                                                           "want 16M",
+		"version = 1\ncgroup.memory = \"0\"":                                                             "want 16M",
+		"version = 1\ncgroup.memory = \"9999999999G\"":                                                   "want 16M",
+		"version = 1\ncgroup.memory = \"99999999999999999999\"":                                          "want bytes",
+		"version = 1\ncgroup.memory = \"0%\"":                                                            "above 0% and up to 100%",
+		"version = 1\ncgroup.memory = \"101%\"":                                                          "above 0% and up to 100%",
+		"version = 1\ncgroup.memory = \"NaN%\"":                                                          "above 0% and up to 100%",
+		"version = 1\ncgroup.cpu = \"two\"":                                                              "want a number of cores",
+		"version = 1\ncgroup.cpu = \"1e3\"":                                                              "want a number of cores",
+		"version = 1\ncgroup.cpu = \"-1\"":                                                               "want a number of cores",
+		"version = 1\ncgroup.cpu = \"0\"":                                                                "want 0.01",
+		"version = 1\ncgroup.cpu = \"0.009\"":                                                            "want 0.01",
+		"version = 1\ncgroup.cpu = \"%\"":                                                                "above 0% and up to 100%",
+		"version = 1\ncgroup.cpu = \"1\"\ndaemon.cgroup_parent = \"\"":                                   "without a cgroup nothing can be limited",
+		"version = 1\ncgroup.memory = \"1G\"\ndaemon.oom_score_adj = -1000":                              "use -999 or more",
 		"version = 1\nmount.idle_linger = \"-1s\"":                                                       "want 0s to 24h",
 		"version = 1\nmount.style = \"kata\"":                                                            "want one of: helper, managed",
 		"version = 1\nremote.localfs_dir = \"/x\"":                                                       `backend is "registry"`,

@@ -42,6 +42,7 @@ func (c Config) Validate() []Fault {
 	}
 	v.paths(c)
 	v.daemon(c.Daemon)
+	v.cgroup(c.Cgroup, c.Daemon)
 	v.oneOf("mount.style", string(c.Mount.Style), string(StyleHelper), string(StyleManaged))
 	v.oneOf("mount.credentials", string(c.Mount.Credentials), string(CredentialsSealed), string(CredentialsPlain))
 	if c.Mount.Style == StyleManaged && c.Mount.Credentials == CredentialsPlain {
@@ -141,6 +142,23 @@ func (v *validator) daemon(d Daemon) {
 	}
 	if p := d.CgroupParent; p != "" && (!filepath.IsAbs(p) || filepath.Clean(p) != p || strings.ContainsAny(p, "\n\x00") || !utf8.ValidString(p)) {
 		v.fail("daemon.cgroup_parent", "%q: want an absolute path within the cgroup hierarchy, such as \"/nydus\", or nothing", p)
+	}
+}
+
+func (v *validator) cgroup(c Cgroup, d Daemon) {
+	if _, err := parseMemory(c.Memory); err != nil {
+		v.fail("cgroup.memory", "%v", err)
+	}
+	if _, err := parseCPU(c.CPU); err != nil {
+		v.fail("cgroup.cpu", "%v", err)
+	}
+	for _, l := range []struct{ key, value string }{{"cgroup.memory", c.Memory}, {"cgroup.cpu", c.CPU}} {
+		if l.value != "" && d.CgroupParent == "" {
+			v.fail(l.key, "is set, but daemon.cgroup_parent is empty: without a cgroup nothing can be limited; set it, or remove the limit")
+		}
+	}
+	if c.Memory != "" && d.OOMScoreAdj == -1000 {
+		v.fail("cgroup.memory", "is set, but with daemon.oom_score_adj = -1000 the kernel may not end a nydusd that reaches it, which would hang; use -999 or more")
 	}
 }
 

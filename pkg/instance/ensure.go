@@ -256,7 +256,8 @@ func (l *launch) prepare(ctx context.Context) error {
 	l.gen = Generation{
 		Number: i.rec.Last + 1, Mountpoint: l.dir.mountpoint(), Socket: l.dir.socket(), Supervisor: l.dir.supervisor(),
 		Threads: s.Daemon.Threads, LogLevel: s.Daemon.LogLevel, OOMScoreAdj: s.Daemon.OOMScoreAdj,
-		Nydusd: s.Daemon.Path, Cgroup: s.Daemon.CgroupParent, Started: time.Now().UTC(), Alone: s.Alone,
+		Nydusd: s.Daemon.Path, Cgroup: s.Daemon.CgroupParent, MemoryLimit: s.Daemon.MemoryLimit, CPULimit: s.Daemon.CPULimit,
+		Started: time.Now().UTC(), Alone: s.Alone,
 	}
 	i.rec.Last, i.rec.Current = l.gen.Number, &l.gen
 	if err := i.write(); err != nil {
@@ -302,9 +303,8 @@ func (l *launch) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, w := range l.proc.Warnings {
-		fmt.Fprintf(l.log, "mount helper: warning: %s\n", w)
-	}
+	warn(l.log, l.proc)
+	l.gen.Unmet = l.proc.Unmet
 	m, err := l.mounted(ctx)
 	if err != nil {
 		return err
@@ -416,6 +416,9 @@ func ask(mountpoint string) error {
 // failed is an error about the daemon, with what it said last.
 func (l *launch) failed(what string) error {
 	msg := fmt.Sprintf("nydusd %s %s", l.spec.Daemon.Path, what)
+	if kills, err := OOMKills(l.spec.Key, l.gen); err == nil && kills > 0 {
+		msg += fmt.Sprintf("; the kernel killed it for memory, of which it may use %d bytes: raise [cgroup] memory", l.gen.MemoryLimit)
+	}
 	if tail := nydusd.Tail(l.disk.log(), l.logStart, 5); tail != "" {
 		msg += fmt.Sprintf("; the end of %s: %s", l.disk.log(), tail)
 	}
@@ -453,7 +456,18 @@ func (l *launch) release() {
 }
 
 func cgroupOf(key string, g Generation) nydusd.Cgroup {
-	return nydusd.Cgroup{Parent: g.Cgroup, Name: fmt.Sprintf("%s.g%d", key, g.Number)}
+	return nydusd.Cgroup{Parent: g.Cgroup, Name: fmt.Sprintf("%s.g%d", key, g.Number), Memory: g.MemoryLimit, CPU: g.CPULimit}
+}
+
+// OOMKills counts the daemons of a generation that the kernel has killed for
+// memory, predecessors included; see nydusd.Cgroup.OOMKills.
+func OOMKills(key string, g Generation) (int, error) { return cgroupOf(key, g).OOMKills() }
+
+// warn writes into a daemon's log what could not be arranged for it.
+func warn(log *os.File, p *nydusd.Process) {
+	for _, w := range p.Warnings {
+		fmt.Fprintf(log, "start of nydusd %d: warning: %s\n", p.PID, w)
+	}
 }
 
 // maxLog is the size at which a log is set aside when its daemon is started

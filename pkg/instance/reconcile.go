@@ -175,7 +175,7 @@ func (r *Reconciler) look(ctx context.Context, key string, x *mountIndex) (time.
 	}
 	removed, err := i.removeIfEmpty(i.removeDisk)
 	if removed {
-		r.cfg.Log.Info("instance ended", "instance", key, "image", i.rec.Image)
+		r.cfg.Log.Info("instance ended", "event", "ended", "instance", key, "image", i.rec.Image)
 	}
 	return wait, err
 }
@@ -242,7 +242,7 @@ func (r *Reconciler) linger(i *Instance) (time.Duration, error) {
 		return time.Hour, err
 	}
 	delete(r.foreign, key)
-	r.cfg.Log.Info("release idle instance", "instance", key, "image", i.rec.Image, "pid", i.rec.Current.PID)
+	r.cfg.Log.Info("release idle instance", "event", "release", "instance", key, "image", i.rec.Image, "pid", i.rec.Current.PID)
 	return time.Hour, i.retire()
 }
 
@@ -261,7 +261,7 @@ func elsewhere(g *Generation, x *mountIndex) (bool, error) {
 
 // await makes Run look again once a retired daemon has ended. Nothing else
 // tells: its last mount may have gone long before, or in another namespace.
-func (r *Reconciler) await(ctx context.Context, retired []Generation) error {
+func (r *Reconciler) await(ctx context.Context, retired []Generation) (ended error) {
 	for _, g := range retired {
 		if r.waiting[g.PID] {
 			continue
@@ -270,11 +270,10 @@ func (r *Reconciler) await(ctx context.Context, retired []Generation) error {
 		if err != nil {
 			return err
 		}
-		if p == nil && g.Kept {
-			continue // whoever keeps it goes on
-		}
 		if p == nil {
-			return errEnded
+			// It has just ended, or is being replaced.
+			ended = errEnded
+			continue
 		}
 		r.waiting[g.PID] = true
 		go func() {
@@ -293,11 +292,12 @@ func (r *Reconciler) await(ctx context.Context, retired []Generation) error {
 			}
 		}()
 	}
-	return nil
+	return ended
 }
 
-// errEnded says that a daemon ended while its instance was being looked at.
-var errEnded = errors.New("daemon has just ended")
+// errEnded says that a retired daemon is not there, and its generation still is:
+// nothing tells when that changes.
+var errEnded = errors.New("daemon has just ended, or is being replaced")
 
 // removeGone finishes removals that were interrupted.
 func (r *Reconciler) removeGone() {

@@ -73,6 +73,11 @@ type Generation struct {
 	// Nydusd is the executable, Cgroup the parent of its cgroup.
 	Nydusd string `json:"nydusd"`
 	Cgroup string `json:"cgroup,omitempty"`
+	// MemoryLimit is the most it may use there in bytes, CPULimit in thousandths
+	// of a core; Unmet says which of them is not in force, and why.
+	MemoryLimit int64    `json:"memory_limit,omitempty"`
+	CPULimit    int      `json:"cpu_limit,omitempty"`
+	Unmet       []string `json:"unmet,omitempty"`
 	// Started is when the daemon was started.
 	Started time.Time `json:"started"`
 }
@@ -120,6 +125,9 @@ func (d genDir) mountpoint() string { return filepath.Join(string(d), "mnt") }
 func (d genDir) socket() string     { return filepath.Join(string(d), "api.sock") }
 func (d genDir) supervisor() string { return filepath.Join(string(d), "sup.sock") }
 func (d genDir) config() string     { return filepath.Join(string(d), "config.json") }
+
+// succession is the file whose lock is the right to replace the daemon.
+func (d genDir) succession() string { return filepath.Join(string(d), "succession") }
 
 // diskDir is the instance's directory on disk.
 type diskDir string

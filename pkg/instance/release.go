@@ -299,7 +299,12 @@ func (i *Instance) wanted(g *Generation) bool {
 		return true
 	}
 	targets, _, err := users(i.dir, g, x)
-	return err != nil || len(targets) > 0
+	if err != nil || len(targets) > 0 {
+		return true
+	}
+	// Users in other mount namespaces cannot be seen. The kernel's list of FUSE
+	// filesystems tells, unless the number has become that of another one here.
+	return len(x.byDev[g.Dev]) == 0 && rootfs.Connected(g.Dev)
 }
 
 // endWait is how long a daemon whose filesystem is gone may take to end. It
@@ -307,8 +312,20 @@ func (i *Instance) wanted(g *Generation) bool {
 const endWait = time.Second
 
 // finish removes a retired generation if its daemon has ended. One whose
-// filesystem is gone serves nobody and is made to end.
+// filesystem is gone serves nobody and is made to end. While somebody replaces the
+// daemon it has not ended, whatever it looks like.
 func finish(key string, g Generation) (ended bool, err error) {
+	lock, err := openFile(genDir(filepath.Dir(g.Mountpoint)).succession(), unix.O_RDWR|unix.O_CREAT)
+	if err == nil {
+		defer lock.Close()
+		err = flock(lock, unix.LOCK_EX|unix.LOCK_NB)
+	}
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return false, nil
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // its directory may be gone
+		return false, fmt.Errorf("clean up after nydusd %d: %w", g.PID, err)
+	}
 	// Somebody may have been killed while bringing it back.
 	if err := unmount(g.Mountpoint); err != nil {
 		return false, err
@@ -350,7 +367,7 @@ func removeGeneration(key string, g Generation) error {
 		return err
 	}
 	var errs []error
-	errs = append(errs, remove(d.config()))
+	errs = append(errs, remove(d.config()), remove(d.succession()))
 	for _, pattern := range []string{"*.sock", ".new-*"} {
 		leftovers, _ := filepath.Glob(filepath.Join(string(d), pattern))
 		for _, path := range leftovers {

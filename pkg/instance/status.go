@@ -47,8 +47,15 @@ type Status struct {
 	// Nydusd is the executable, Socket its API.
 	Nydusd string `json:"nydusd"`
 	Socket string `json:"socket"`
-	// Started is when the daemon was started.
+	// Started is when the generation's first daemon was started.
 	Started time.Time `json:"started"`
+	// Restarts is how many daemons have succeeded it.
+	Restarts int `json:"restarts"`
+}
+
+// Replaceable tells whether a daemon serves it that another can succeed.
+func (s *Status) Replaceable() bool {
+	return s.PID > 0 && s.State != StateStarting && s.State != StateDead
 }
 
 // List tells what is in a run directory, by image. It takes no lock and touches no
@@ -105,7 +112,7 @@ func statusOf(d dir, rec *Record, x *mountIndex) ([]Status, error) {
 func (r *Record) status(d dir, g *Generation, x *mountIndex) (Status, error) {
 	s := Status{
 		Instance: r.Key, Generation: g.Number, Image: r.Image, Driver: r.Driver,
-		PID: g.PID, Nydusd: g.Nydusd, Socket: g.Socket, Started: g.Started,
+		PID: g.PID, Nydusd: g.Nydusd, Socket: g.Socket, Started: g.Started, Restarts: g.Restarts,
 	}
 	targets, _, err := users(d, g, x)
 	if err != nil {

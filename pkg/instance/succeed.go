@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 )
@@ -54,32 +57,130 @@ func (r *Record) find(generation int) *Generation {
 	return nil
 }
 
-// StartSuccessor starts a daemon that is going to take a generation over whose own
-// has ended, and returns where its API will be. It changes no record: write down
-// what came of it with Change. Until then Successors finds it.
-func StartSuccessor(rec *Record, g Generation) (p *nydusd.Process, socket string, err error) {
+// Succession is the right to replace a generation's daemon. One has it at a time, and
+// as long as somebody has it the generation is not taken for ended.
+type Succession struct {
+	// Record and Generation are as of when the right was given.
+	Record     *Record
+	Generation Generation
+	lock       *os.File
+}
+
+// LockSuccession waits for the right to replace a generation's daemon. The error
+// wraps ErrGone when there is no such generation any more.
+func LockSuccession(ctx context.Context, runDir, key string, generation int) (*Succession, error) {
+	path := dirOf(runDir, key).gen(generation).succession()
+	f, err := openFile(path, unix.O_RDWR|unix.O_CREAT)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("instance %s: generation %d: %w", key, generation, ErrGone)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("replace nydusd: %w", err)
+	}
+	if err := acquire(ctx, f, openExisting, 0); err != nil {
+		return nil, fmt.Errorf("replace nydusd of instance %s: %w", key, err)
+	}
+	s := &Succession{lock: f}
+	if err := s.read(runDir, key, generation); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return s, nil
+}
+
+func (s *Succession) read(runDir, key string, generation int) error {
+	rec, err := ReadRecord(runDir, key)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = ErrGone
+	}
+	if err != nil {
+		return fmt.Errorf("instance %s: %w", key, err)
+	}
+	g := rec.find(generation)
+	// Whoever removed it had the lock before.
+	if g == nil || !sameFile(s.lock, s.lock.Name()) {
+		return fmt.Errorf("instance %s: generation %d: %w", key, generation, ErrGone)
+	}
+	s.Record, s.Generation = rec, *g
+	return nil
+}
+
+// Close gives the right back.
+func (s *Succession) Close() error { return s.lock.Close() }
+
+// Note writes a line into the daemon's log.
+func (s *Succession) Note(format string, args ...any) {
+	i := Instance{rec: *s.Record}
+	i.note(format, args...)
+}
+
+// Start starts a daemon, of the executable at path, that is going to take the
+// generation over, and returns where its API will be. It changes no record: write
+// down what came of it with Change. Until then Orphans finds it.
+func (s *Succession) Start(path string) (p *nydusd.Process, socket string, err error) {
+	g, key := s.Generation, s.Record.Key
 	dir := genDir(filepath.Dir(g.Mountpoint))
-	log, err := openLog(diskDirOf(rec.Root, rec.Key).log())
+	// nydusd wants a directory there, which goes with the detach of a mount that
+	// was released.
+	if err := os.MkdirAll(g.Mountpoint, 0o700); err != nil {
+		return nil, "", fmt.Errorf("make the mountpoint's directory: %w", err)
+	}
+	log, err := openLog(diskDirOf(s.Record.Root, key).log())
 	if err != nil {
 		return nil, "", err
 	}
 	defer log.Close()
-	// A fresh one each time: the dead daemon's is still there.
-	socket = filepath.Join(string(dir), fmt.Sprintf("s%d.sock", (g.Restarts+1)%1000))
-	if err := remove(socket); err != nil {
+	socket, err = dir.freshSocket(g.Socket)
+	if err != nil {
 		return nil, "", err
 	}
 	p, err = nydusd.Start(nydusd.Command{
-		Path: g.Nydusd, Successor: true, Supervisor: g.Supervisor, ID: cgroupOf(rec.Key, g).Name, Mountpoint: g.Mountpoint, Socket: socket,
-		Log: log, LogLevel: g.LogLevel, Threads: g.Threads, OOMScoreAdj: g.OOMScoreAdj, Cgroup: cgroupOf(rec.Key, g),
+		Path: path, Successor: true, Supervisor: g.Supervisor, ID: cgroupOf(key, g).Name, Mountpoint: g.Mountpoint, Socket: socket,
+		Log: log, LogLevel: g.LogLevel, Threads: g.Threads, OOMScoreAdj: g.OOMScoreAdj, Cgroup: cgroupOf(key, g),
 	})
+	if err == nil {
+		warn(log, p)
+	}
 	return p, socket, err
+}
+
+// freshSocket returns a path where there is nothing: a daemon that has died leaves
+// its socket, and nydusd listens on none that is there. The present one's is kept:
+// it may still serve.
+func (d genDir) freshSocket(present string) (string, error) {
+	socket := filepath.Join(string(d), "s0.sock")
+	if socket == present {
+		socket = filepath.Join(string(d), "s1.sock")
+	}
+	return socket, remove(socket)
 }
 
 // Orphans lists the processes that serve a generation's mountpoint, or are about
 // to: a successor whose starter was killed before it wrote that down among them.
 func Orphans(g Generation) ([]*nydusd.Process, error) {
 	return nydusd.Orphans(filepath.Dir(g.Mountpoint))
+}
+
+// Retire takes a generation out of use: it ends with what is mounted on it, and the
+// next mount starts a new daemon. One that is not the current one is left alone.
+func Retire(ctx context.Context, runDir, key string, generation int) (err error) {
+	i, err := open(ctx, dirOf(runDir, key), openExisting, lockWait)
+	if errors.Is(err, errGone) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("instance %s: %w", key, err)
+	}
+	defer func() { err = errors.Join(err, i.Close()) }()
+	if g := i.rec.Current; g == nil || g.Number != generation {
+		return nil
+	}
+	return i.retire()
+}
+
+// ConfigPaths lists the configurations, secrets, of what a generation's daemon
+// serves.
+func ConfigPaths(runDir string, g Generation) []string {
+	return []string{ConfigPath(g)}
 }
 
 // Restart replaces an instance whose daemon has ended and cannot be succeeded: the
@@ -135,5 +236,6 @@ func (r *Record) spec(g Generation, runDir, config string, timeout time.Duration
 	}
 	s.Daemon.Path, s.Daemon.Threads, s.Daemon.LogLevel = g.Nydusd, g.Threads, g.LogLevel
 	s.Daemon.OOMScoreAdj, s.Daemon.CgroupParent, s.Daemon.StartTimeout = g.OOMScoreAdj, g.Cgroup, timeout
+	s.Daemon.MemoryLimit, s.Daemon.CPULimit = g.MemoryLimit, g.CPULimit
 	return s
 }

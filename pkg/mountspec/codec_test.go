@@ -71,6 +71,7 @@ func variants() map[string]*Spec {
 		s.Config = "{\"a\":\"\\u0000 \\\" \\\\ \n\t</script>\u2029\"}"
 		s.Lower = []string{s.Root + "/snapshots/ü 漢字/fs"}
 	})
+	add("limits", func(s *Spec) { s.Credentials, s.Daemon.MemoryLimit, s.Daemon.CPULimit = nil, 256<<20, 1500 })
 	add("least", func(s *Spec) {
 		s.Credentials, s.Lower, s.OverlayOptions, s.Image, s.Host = nil, nil, nil, "", ""
 		s.Repository = "/srv/blobs"
@@ -160,6 +161,7 @@ func anySpec(random *rand.Rand) *Spec {
 		s.Kind = KindImage
 	}
 	s.Daemon.LogLevel, s.Daemon.CgroupParent, s.Daemon.Threads = text(), text(), random.IntN(99)-9
+	s.Daemon.MemoryLimit, s.Daemon.CPULimit = random.Int64N(1<<40), random.IntN(9000)
 	switch random.IntN(3) {
 	case 0:
 		s.Credentials = nil

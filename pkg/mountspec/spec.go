@@ -117,6 +117,10 @@ type Daemon struct {
 	// CgroupParent is the cgroup below which daemons live, for example
 	// "/nydus"; empty leaves them where the mount happens.
 	CgroupParent string `json:"cgroup_parent,omitempty"`
+	// MemoryLimit is the most that one daemon may use in its cgroup, in bytes,
+	// and CPULimit in thousandths of a core; 0 is no limit.
+	MemoryLimit int64 `json:"memory_limit,omitempty"`
+	CPULimit    int   `json:"cpu_limit,omitempty"`
 }
 
 // Credentials open a registry. At most one of the two is set.
@@ -197,6 +201,9 @@ func (s *Spec) Validate() error {
 	}
 	if c := s.Credentials; c != nil && (c.Auth == "") == (c.RegistryToken == "") {
 		fail("credentials: want either auth or a registry token")
+	}
+	if d := s.Daemon; d.MemoryLimit < 0 || d.CPULimit < 0 {
+		fail("daemon limits of %d bytes and %d thousandths of a core: want 0 or more", d.MemoryLimit, d.CPULimit)
 	}
 	errs = append(errs, s.validatePaths()...)
 	errs = append(errs, s.validateText()...)

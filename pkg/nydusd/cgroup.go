@@ -25,6 +25,10 @@ type Cgroup struct {
 	Parent string
 	// Name is the daemon's own.
 	Name string
+	// Memory is the most that it may use in bytes, CPU in thousandths of a core;
+	// 0 is no limit.
+	Memory int64
+	CPU    int
 }
 
 // hierarchies lists where cgroup file systems are mounted. cpuset is left out:
@@ -46,51 +50,152 @@ func hierarchies() (v1, v2 []rootfs.Mount, err error) {
 	return v1, v2, nil
 }
 
+// place is where a process is about to start, and what could not be had of it.
+type place struct {
+	attr     *syscall.SysProcAttr
+	warnings []string
+	// unmet are those of the warnings that a limit is not in force.
+	unmet []string
+	// pending are limits that are in force once the process is in its cgroup of
+	// version 2.
+	pending []limit
+}
+
 // enter prepares the calling thread and attr so that what is forked next starts
-// within the cgroup; done closes what that took. The thread stays where it was
-// put, and must end. What cannot be had is reported, not fatal: a daemon in the
-// wrong cgroup is better than none.
-func (c Cgroup) enter(attr *syscall.SysProcAttr) (done func(), warnings []string) {
-	done = func() {}
+// within the cgroup and its limits; close releases what that took. The thread
+// stays where it was put, and must end. What cannot be had is reported, not fatal: a
+// daemon in the wrong cgroup is better than none.
+func (c Cgroup) enter(attr *syscall.SysProcAttr) *place {
+	p := &place{attr: attr}
 	if c.Parent == "" {
-		return done, nil
+		p.lack(c.limits(), errNoCgroup)
+		return p
 	}
 	v1, v2, err := hierarchies()
 	if err != nil {
-		return done, []string{err.Error()}
+		p.warn(err)
+		p.lack(c.limits(), err)
+		return p
 	}
 	homes, err := os.ReadFile("/proc/thread-self/cgroup")
 	if err != nil {
-		return done, []string{fmt.Sprintf("join cgroup: %v", err)}
+		p.warn(fmt.Errorf("join cgroup: %w", err))
+		p.lack(c.limits(), err)
+		return p
 	}
+	left := c.limits()
 	for _, h := range v1 {
-		if !matters(h, string(homes)) {
+		var here []limit
+		here, left = split(left, h)
+		if !matters(h, string(homes)) && !slices.ContainsFunc(here, limit.wanted) {
 			continue
 		}
-		dir := filepath.Join(h.Target, c.Parent, c.Name)
-		err := os.MkdirAll(dir, 0o755)
-		if err == nil {
-			err = join(dir)
-		}
-		if err != nil {
-			warnings = append(warnings, fmt.Sprintf("join cgroup: %v", err))
+		p.enterV1(filepath.Join(h.Target, c.Parent, c.Name), here)
+	}
+	if len(v2) == 0 {
+		p.lack(left, errNoController)
+		return p
+	}
+	p.enterV2(v2[0].Target, c, left) // a node has one
+	return p
+}
+
+// errNoCgroup says why there is no limit without a cgroup.
+var errNoCgroup = errors.New("the daemon has no cgroup of its own; set daemon.cgroup_parent")
+
+func (p *place) warn(err error) { p.warnings = append(p.warnings, err.Error()) }
+
+// lack reports which limits are not in force.
+func (p *place) lack(limits []limit, cause error) {
+	for _, l := range limits {
+		if l.wanted() {
+			text := fmt.Sprintf("the %s limit of %s is not in force: %v", l.controller, l, cause)
+			p.warnings, p.unmet = append(p.warnings, text), append(p.unmet, text)
 		}
 	}
-	for _, h := range v2 { // a node has one
-		dir := filepath.Join(h.Target, c.Parent, c.Name)
-		err := os.MkdirAll(dir, 0o755)
-		if err == nil {
-			attr.CgroupFD, err = unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+}
+
+func (p *place) enterV1(dir string, limits []limit) {
+	created, err := makeCgroup(dir)
+	if err != nil {
+		p.warn(fmt.Errorf("join cgroup: %w", err))
+		p.lack(limits, err)
+		return
+	}
+	for _, l := range limits {
+		if err := l.write(dir, l.v1, created); err != nil {
+			p.lack([]limit{l}, err)
 		}
-		if err != nil {
-			warnings = append(warnings, fmt.Sprintf("join cgroup: %v", err))
+	}
+	if err := join(dir); err != nil {
+		p.warn(fmt.Errorf("join cgroup: %w", err))
+		p.lack(limits, err)
+	}
+}
+
+func (p *place) enterV2(top string, c Cgroup, limits []limit) {
+	parent := filepath.Join(top, c.Parent)
+	dir := filepath.Join(parent, c.Name)
+	if err := os.MkdirAll(parent, 0o755); err != nil {
+		p.warn(fmt.Errorf("join cgroup: %w", err))
+		p.lack(limits, err)
+		return
+	}
+	var possible []limit
+	for _, l := range limits {
+		// Others than wanted ones are written where they are possible anyway.
+		if l.wanted() {
+			if err := enable(top, parent, l.controller); err != nil {
+				p.lack([]limit{l}, err)
+				continue
+			}
+		}
+		possible = append(possible, l)
+	}
+	created, err := makeCgroup(dir)
+	if err == nil {
+		p.attr.CgroupFD, err = unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	}
+	if err != nil {
+		p.warn(fmt.Errorf("join cgroup: %w", err))
+		p.lack(possible, err)
+		return
+	}
+	p.attr.UseCgroupFD = true
+	for _, l := range possible {
+		if err := l.write(dir, l.v2, created); err != nil {
+			p.lack([]limit{l}, err)
 			continue
 		}
-		attr.UseCgroupFD = true
-		done = func() { unix.Close(attr.CgroupFD) }
-		break
+		p.pending = append(p.pending, l)
 	}
-	return done, warnings
+}
+
+// refused says that the kernel did not let the process into its cgroup of version
+// 2, for example because it is a threaded one; it is to be started beside it.
+func (p *place) refused(err error) {
+	p.close()
+	p.attr.UseCgroupFD = false
+	p.warn(fmt.Errorf("start within a cgroup of its own: %w", err))
+	p.lack(p.pending, err)
+}
+
+func (p *place) close() {
+	if p.attr.UseCgroupFD {
+		unix.Close(p.attr.CgroupFD)
+	}
+}
+
+// makeCgroup makes a cgroup, or finds it as a predecessor left it.
+func makeCgroup(dir string) (created bool, err error) {
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
+		return false, err
+	}
+	err = os.Mkdir(dir, 0o755)
+	if errors.Is(err, os.ErrExist) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // matters tells whether the daemon needs a cgroup of its own in a hierarchy of

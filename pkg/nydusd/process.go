@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -65,8 +66,9 @@ type Process struct {
 	StartTime uint64
 	// FD is a pidfd: readable once the process has ended.
 	FD int
-	// Warnings say what could not be arranged although the daemon runs.
-	Warnings []string
+	// Warnings say what could not be arranged although the daemon runs, Unmet
+	// those of them that tell of a limit that is not in force.
+	Warnings, Unmet []string
 }
 
 // Start starts the daemon and does not wait for it. It outlives its starter.
@@ -114,9 +116,8 @@ func start(c Command) (*Process, error) {
 	}
 	p := &Process{FD: -1}
 	attr := &syscall.SysProcAttr{Setsid: true, PidFD: &p.FD}
-	done, warnings := c.Cgroup.enter(attr)
-	defer done()
-	p.Warnings = warnings
+	place := c.Cgroup.enter(attr)
+	defer place.close()
 
 	files := []*os.File{null, c.Log, c.Log}
 	if c.CacheLock != nil {
@@ -125,15 +126,13 @@ func start(c Command) (*Process, error) {
 	attrs := &os.ProcAttr{Dir: "/", Env: environment(os.Environ()), Files: files, Sys: attr}
 	proc, err := os.StartProcess(c.Path, c.args(), attrs)
 	if err != nil && attr.UseCgroupFD {
-		// The kernel may not let it in, for example into a threaded cgroup.
-		attr.UseCgroupFD = false
-		p.Warnings = append(p.Warnings, fmt.Sprintf("start within a cgroup of its own: %v", err))
+		place.refused(err)
 		proc, err = os.StartProcess(c.Path, c.args(), attrs)
 	}
 	if err != nil {
 		return nil, explain(err)
 	}
-	p.PID = proc.Pid
+	p.PID, p.Warnings, p.Unmet = proc.Pid, place.warnings, place.unmet
 	p.limits(c.OOMScoreAdj)
 	// Nobody has reaped it, so it is there even if it has ended already.
 	if p.StartTime, err = startTime(p.PID); err == nil && p.FD < 0 {
@@ -142,6 +141,9 @@ func start(c Command) (*Process, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("follow process %d: %w", p.PID, err), proc.Kill())
 	}
+	// It has a descriptor of its own of the process, which would stay open until
+	// the garbage is collected.
+	_ = proc.Release()
 	return p, nil
 }
 
@@ -472,17 +474,51 @@ func (p *Process) Turns() (uint64, error) {
 	return sum, nil
 }
 
-// Exit describes how a process that we started has ended, reaping it; empty
-// when that cannot be known.
+// Exit describes how the process has ended, reaping it when it is a child of ours;
+// empty when that cannot be known: of others the kernel tells it since 6.15.
 func (p *Process) Exit() string {
 	var status unix.WaitStatus
 	if pid, err := unix.Wait4(p.PID, &status, unix.WNOHANG, nil); err != nil || pid != p.PID {
-		return ""
+		var ok bool
+		if status, ok = p.exitStatus(); !ok {
+			return ""
+		}
 	}
 	if status.Signaled() {
 		return "killed by " + unix.SignalName(status.Signal())
 	}
 	return fmt.Sprintf("exit status %d", status.ExitStatus())
+}
+
+// pidfdInfo is the kernel's struct pidfd_info (linux/pidfd.h), its first version.
+type pidfdInfo struct {
+	mask, cgroup uint64
+	ids          [11]uint32
+	exit         int32
+}
+
+const (
+	// pidfdGetInfo is PIDFD_GET_INFO, _IOWR(0xff, 11, struct pidfd_info).
+	pidfdGetInfo = 3<<30 | 64<<16 | 0xff<<8 | 11
+	// pidfdInfoExit is PIDFD_INFO_EXIT.
+	pidfdInfoExit = 1 << 3
+	// reapWait is how long the parent of a process that has ended may take to
+	// reap it, before which its status is not told.
+	reapWait = 100 * time.Millisecond
+)
+
+// exitStatus asks the kernel how a process has ended that is no child of ours.
+func (p *Process) exitStatus() (unix.WaitStatus, bool) {
+	polls := []unix.PollFd{{Fd: int32(p.FD)}} // POLLHUP comes once it is reaped
+	if n, err := unix.Poll(polls, int(reapWait/time.Millisecond)); err != nil || n == 0 {
+		return 0, false
+	}
+	info := pidfdInfo{mask: pidfdInfoExit}
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(p.FD), pidfdGetInfo, uintptr(unsafe.Pointer(&info)))
+	if errno != 0 || info.mask&pidfdInfoExit == 0 {
+		return 0, false
+	}
+	return unix.WaitStatus(info.exit), true //nolint:gosec // the same bits
 }
 
 // Close releases the pidfd.

@@ -27,7 +27,7 @@ const usage = `Usage: bench [-n ROUNDS] [-only REGEXP] [-out DIR] [-json] [-list
 Measures the project against overlayfs, bare nydusd and a static overlay mount,
 prints a table, and writes benchmarks.md and benchmarks.svg into the project's
 docs. Needs root, the binaries of "make build", the parts of "make tools" and
-gcc; "make bench" sees to that. Takes some 15 minutes; nothing else should run.
+gcc; "make bench" sees to that. Takes some 20 minutes; nothing else should run.
 
   -n ROUNDS      rounds of each work (default 15)
   -only REGEXP   the works whose name matches; writes no file unless -out is given
@@ -87,6 +87,8 @@ func main() {
 		}
 		fmt.Println(binaryName)
 		fmt.Println(memoryName)
+		fmt.Println(recoveryName)
+		fmt.Println(watchName)
 		return
 	}
 	kit.Enter(func() int { return run(o) })
@@ -122,6 +124,8 @@ func (l *lab) sessions() error {
 		{l.options.wantsWork(), l.run},
 		{l.options.wants(binaryName), l.binary},
 		{l.options.wants(memoryName), l.memory},
+		{l.options.wants(recoveryName), l.recovery},
+		{l.options.wants(watchName), l.watching},
 	} {
 		if !s.wanted {
 			continue

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
@@ -42,9 +43,9 @@ func (l *lab) memory(t kit.TB) error {
 		if err != nil {
 			return err
 		}
-		last = identity.ChainID(ids).String()
+		last = chain(ids)
 	}
-	if err := fill(ctx, node, last); err != nil {
+	if err := fill(ctx, node, last, memorySnapshots); err != nil {
 		return err
 	}
 	l.progress.Set("%s: waiting until it does nothing", memoryName)
@@ -63,19 +64,22 @@ func (l *lab) memory(t kit.TB) error {
 	return nil
 }
 
+// chain is the snapshot of an image's uppermost layer.
+func chain(ids []digest.Digest) string { return identity.ChainID(ids).String() }
+
 // fill prepares containers' snapshots until there are enough of all kinds.
-func fill(ctx context.Context, node *kit.Node, parent string) error {
+func fill(ctx context.Context, node *kit.Node, parent string, want int) error {
 	service := node.Client().SnapshotService("nydus")
 	have := 0
 	if err := service.Walk(ctx, func(context.Context, snapshots.Info) error { have++; return nil }); err != nil {
 		return err
 	}
-	if have > memorySnapshots {
-		return fmt.Errorf("%d images have %d snapshots, more than the %d to measure with", memoryImages, have, memorySnapshots)
+	if have > want {
+		return fmt.Errorf("the images have %d snapshots, more than the %d to measure with", have, want)
 	}
 	// Containers would keep them from the garbage collection.
 	keep := snapshots.WithLabels(map[string]string{"containerd.io/gc.root": time.Now().UTC().Format(time.RFC3339)})
-	for n := have; n < memorySnapshots; n++ {
+	for n := have; n < want; n++ {
 		key := fmt.Sprintf("memory-%d", n)
 		if _, err := service.Prepare(ctx, key, parent, keep); err != nil {
 			return err

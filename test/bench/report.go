@@ -28,6 +28,7 @@ type report struct {
 	Results []*result `json:"results"`
 	Binary  *binary   `json:"binary,omitempty"`
 	Memory  *memory   `json:"memory,omitempty"`
+	Figures []*figure `json:"figures,omitempty"`
 }
 
 // fact is something about the machine or the programs, for readers.
@@ -250,6 +251,9 @@ func (r *report) table() []string {
 			"–", "–", fmt.Sprintf("≤ %.0f MiB, 0", mebi(m.Limit)), limit(m.RSS, m.Limit, m.Daemons == 0),
 		})
 	}
+	for _, f := range r.Figures {
+		rows = append(rows, []string{f.Name, f.Text, "–", "–", f.Target, f.verdict()})
+	}
 	return align(rows)
 }
 
@@ -319,6 +323,9 @@ func (r *report) render() []byte {
 	if m := r.Memory; m != nil {
 		p("- **%s.** %d images pulled, %d snapshots in all, the mounts of each active one asked for once, nothing running; read", memoryName, m.Images, m.Snapshots)
 		p("  after the process had used no processor time for two seconds, without a forced garbage collection.")
+	}
+	for _, f := range r.Figures {
+		p("- **%s.** %s.", f.Name, f.What)
 	}
 	p("\n## On what\n")
 	p("| | |")

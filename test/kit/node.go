@@ -304,11 +304,50 @@ func (n *Node) StartSnapshotter(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return n.Snapshotter.ready(ctx, n.snapshotterSocket())
+	if err := n.Snapshotter.ready(ctx, n.snapshotterSocket()); err != nil {
+		return err
+	}
+	return n.awaitHolder(ctx, true)
 }
 
-// StopSnapshotter stops the snapshotter with SIGTERM.
-func (n *Node) StopSnapshotter() error { return n.Snapshotter.end(unix.SIGTERM, 30*time.Second) }
+// StopSnapshotter stops the snapshotter with SIGTERM. Its holder stays exactly as
+// long as images are mounted.
+func (n *Node) StopSnapshotter() error {
+	if !n.Snapshotter.Running() {
+		return nil
+	}
+	err := n.Snapshotter.end(unix.SIGTERM, 30*time.Second)
+	if err != nil || len(n.RunEntries()) > 0 {
+		return err
+	}
+	return n.awaitHolder(context.Background(), false)
+}
+
+// HolderSocket is where the snapshotter's holder listens, with recover_policy
+// "failover".
+func (n *Node) HolderSocket() string { return filepath.Join(n.cfg.RunDir, "holder.sock") }
+
+// awaitHolder waits until the holder listens, or has ended. Nothing tells of
+// either: hence the ticker.
+func (n *Node) awaitHolder(ctx context.Context, there bool) error {
+	if policy, ok := n.cfg.Config["daemon.recover_policy"]; ok && policy != "failover" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if _, err := os.Lstat(n.HolderSocket()); there == (err == nil) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("holder of %s: it is there: %v, want %v; %s", n.HolderSocket(), !there, there, tail(n.SnapshotterLog(), 20))
+		case <-tick.C:
+		}
+	}
+}
 
 // KillSnapshotter kills the snapshotter.
 func (n *Node) KillSnapshotter() error { return n.Snapshotter.end(unix.SIGKILL, settle) }
@@ -393,7 +432,7 @@ func (n *Node) runEntries() (mounts, files []string) {
 			return fs.SkipDir
 		}
 		top := filepath.Dir(path) == n.cfg.RunDir
-		if err != nil || path == n.cfg.RunDir || top && (d.IsDir() || d.Type().IsRegular()) {
+		if err != nil || path == n.cfg.RunDir || path == n.HolderSocket() || top && (d.IsDir() || d.Type().IsRegular()) {
 			return nil
 		}
 		files = append(files, path)

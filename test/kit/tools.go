@@ -13,6 +13,7 @@ import (
 // (test/tools/install.sh) left them. All paths are absolute and exist.
 type Tools struct {
 	Nydusd          string // nydusd: the one that users run, or the oldest supported, see FindTools
+	NydusdOld       string // the oldest supported nydusd, which cannot be succeeded
 	NydusImage      string // nydus-image
 	ContainerdBin   string // directory of containerd 2.4, ctr and its shim
 	Containerd16Bin string // directory of Debian's containerd 1.6, ctr and its shim
@@ -20,6 +21,8 @@ type Tools struct {
 	Registry        string // docker-registry
 	MountFuse       string // mount.fuse3 or mount.fuse
 	FixtureDebs     string // directory of the Debian packages of the image fixture
+	Qemu            string // qemu-system-x86_64
+	GuestKernel     string // directory of a Linux for it: vmlinuz, and overlay.ko.xz
 	Cache           string // the tool cache itself; fixtures are kept there too
 }
 
@@ -45,11 +48,13 @@ func FindTools() (Tools, error) {
 	default:
 		faults = append(faults, fmt.Errorf("NYDUS_DAEMON is %q, want current or old", which))
 	}
+	tools.Nydusd = vars[daemon]
 	for name, dst := range map[string]*string{
-		daemon: &tools.Nydusd, "NYDUS_IMAGE": &tools.NydusImage,
+		"NYDUSD_OLD": &tools.NydusdOld, "NYDUS_IMAGE": &tools.NydusImage,
 		"CONTAINERD_BIN": &tools.ContainerdBin, "CONTAINERD16_BIN": &tools.Containerd16Bin,
 		"RUNC": &tools.Runc, "REGISTRY": &tools.Registry,
 		"MOUNT_FUSE": &tools.MountFuse, "FIXTURE_DEBS": &tools.FixtureDebs,
+		"QEMU": &tools.Qemu, "GUEST_KERNEL": &tools.GuestKernel,
 	} {
 		*dst = vars[name]
 		if *dst == "" {
@@ -57,6 +62,9 @@ func FindTools() (Tools, error) {
 		} else if _, err := os.Stat(*dst); err != nil {
 			faults = append(faults, fmt.Errorf("%s: %w", name, err))
 		}
+	}
+	if _, err := os.Stat(tools.Nydusd); err != nil {
+		faults = append(faults, fmt.Errorf("%s: %w", daemon, err))
 	}
 	if len(faults) > 0 {
 		return Tools{}, fmt.Errorf("find tools in %s: %w: run 'make tools'", cache, errors.Join(faults...))

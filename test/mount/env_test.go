@@ -30,6 +30,13 @@ func TestMain(m *testing.M) {
 	if filepath.Base(os.Args[0]) == stuckName {
 		stuck()
 	}
+	if filepath.Base(os.Args[0]) == hogName {
+		if err := hog(os.Args[1]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	kit.Main(m)
 }
 
@@ -38,7 +45,7 @@ const (
 	// keys are looked for there and nowhere else.
 	runDir = "/run/nydus-snapshotter"
 	// soon bounds everything that should happen at once.
-	soon = 10 * time.Second
+	soon = 20 * time.Second
 	// oomScore and startTimeout are what options ask for unless a test changes it.
 	oomScore     = 123
 	startTimeout = 20 * time.Second
@@ -100,6 +107,7 @@ func (e *env) dispose() {
 	if err := e.tidy(soon); err != nil {
 		e.t.Error(err)
 	}
+	e.reap()
 	if left := e.entries(); len(left) > 0 {
 		e.t.Errorf("left behind:\n  %s", strings.Join(left, "\n  "))
 	}
@@ -114,6 +122,19 @@ func (e *env) dispose() {
 	}
 	if err := os.Remove(runDir); err != nil {
 		e.t.Errorf("remove run directory: %v", err)
+	}
+}
+
+// reap takes note of successors that have ended: they are children of this process,
+// which stands for a snapshotter that would have ended before them.
+func (e *env) reap() {
+	all, err := kit.Processes()
+	must(e.t, err)
+	for _, p := range all {
+		if p.State == 'Z' && p.PPID == os.Getpid() {
+			_, err := unix.Wait4(p.PID, nil, unix.WNOHANG, nil)
+			must(e.t, err)
+		}
 	}
 }
 

@@ -36,10 +36,7 @@ func TestMetadataThatCannotBeFetched(t *testing.T) {
 	reg.SetHook(func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
 		w.WriteHeader(http.StatusServiceUnavailable)
 	})
-	var r *recoverer
-	if e.succeeds() {
-		r = e.recover(recovery.PolicyFailover, true)
-	}
+	r := e.recover(recovery.PolicyFailover, true)
 	target := e.mustMount(s)
 	g, rec := e.current(), e.record()
 	log := health.Follow(instance.LogPath(rec), 0)
@@ -51,34 +48,35 @@ func TestMetadataThatCannotBeFetched(t *testing.T) {
 	if err := health.Answers(t.Context(), instance.ConfigPath(g), fault.Blobs); err == nil {
 		t.Error("a registry that is away answers")
 	}
-	reg.SetHook(nil)
 	if _, err := os.ReadFile(filepath.Join(target, "name")); !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EIO) {
-		t.Errorf("with the registry back it reads %v; want an error, or nothing has to be done", err)
+		t.Errorf("it reads %v; want an error, or nothing has to be done", err)
 	}
-	if err := health.Answers(t.Context(), instance.ConfigPath(g), fault.Blobs); err != nil {
-		t.Errorf("the registry is back: %v", err)
+	within(t, "it is reported", func() bool { return strings.Contains(r.log.String(), "event=broken") })
+	if e.succeeds() && e.current().Restarts > 0 {
+		t.Error("it was replaced before the registry answered")
 	}
 	next := health.Follow(instance.LogPath(rec), health.End(instance.LogPath(rec)))
-	if r == nil {
-		must(t, unix.Kill(g.PID, unix.SIGKILL))
+	reg.SetHook(nil)
+	if e.succeeds() {
+		within(t, "a successor", func() bool { return e.current().Restarts == 1 })
+	} else {
+		// What lies on it cannot be helped; what comes gets another.
+		within(t, "it is left", func() bool { return strings.Contains(r.log.String(), "event=left") })
 		e.unmount(target)
 		target = e.mustMount(e.another(s))
-	} else {
-		within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
-		must(t, unix.Kill(g.PID, unix.SIGKILL))
-		within(t, "a successor", func() bool { return e.current().Restarts == 1 })
 	}
 	e.answers(target, "one")
 	e.holds(img, target)
 	if fault, err := next.Broken(); fault != nil || err != nil {
 		t.Errorf("the next daemon: %v, %v", fault, err)
 	}
+	if err := health.Answers(t.Context(), instance.ConfigPath(e.current()), fault.Blobs); err != nil {
+		t.Errorf("the registry is back: %v", err)
+	}
 	e.unmount(target)
 	must(t, e.tidy(soon))
-	if r != nil {
-		r.stop()
-		e.holderEnds()
-	}
+	r.stop()
+	e.holderEnds()
 }
 
 // awaitFault reads the log until there is a fault; a log makes no event.

@@ -62,19 +62,22 @@ func (r *recoverer) stop() {
 }
 
 // spare starts a holder, or finds it.
-func (e *env) spare(context.Context) (recovery.Spare, func(), error) {
+func (e *env) spare(_ context.Context, start bool) (recovery.Spare, error) {
 	socket := filepath.Join(runDir, "holder.sock")
 	s, err := custody.Connect(socket)
+	if err != nil && !start {
+		return nil, recovery.ErrNoSpare
+	}
 	if err != nil {
 		_ = os.Remove(socket)
 		log, err := os.OpenFile(filepath.Join(e.t.TempDir(), "holder.log"), os.O_CREATE|os.O_WRONLY, 0o600)
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		defer log.Close()
 		p, err := nydusd.Start(nydusd.Command{Path: filepath.Join(e.bin, "nydus-shim-hook"), Args: []string{"holder", socket}, Log: log})
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		go func() {
 			p.Wait(time.Time{})
@@ -82,14 +85,14 @@ func (e *env) spare(context.Context) (recovery.Spare, func(), error) {
 			p.Close()
 		}()
 		if err := p.WaitFile(socket, time.Now().Add(soon)); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		s, err = custody.Connect(socket)
 		if err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 	}
-	return s, s.Gone, nil
+	return s, nil
 }
 
 // within waits until what says so; nothing tells when a record changes.
@@ -274,9 +277,7 @@ func TestFailoverAfterTheSnapshotter(t *testing.T) {
 	r.stop()
 	e.kill(before.PID)
 	// As a snapshotter leaves it that was killed while it recovered.
-	half, _, err := instance.StartSuccessor(e.record(), before)
-	must(t, err)
-	defer half.Close()
+	half := e.half(before)
 	r = e.recover(recovery.PolicyFailover, true)
 	within(t, "a successor", func() bool { return e.current().Restarts == before.Restarts+1 })
 	if now := e.daemons(1)[0].PID; now == half.PID {
@@ -288,6 +289,18 @@ func TestFailoverAfterTheSnapshotter(t *testing.T) {
 	must(t, e.tidy(soon))
 	r.stop()
 	e.holderEnds()
+}
+
+// half starts a successor and leaves it, as somebody does who is killed then.
+func (e *env) half(g instance.Generation) *nydusd.Process {
+	e.t.Helper()
+	s, err := instance.LockSuccession(e.t.Context(), runDir, e.record().Key, g.Number)
+	must(e.t, err)
+	defer s.Close()
+	p, _, err := s.Start(g.Nydusd)
+	must(e.t, err)
+	e.t.Cleanup(func() { p.Close() })
+	return p
 }
 
 // A daemon that cannot be succeeded: what lies on it fails, and what comes finds

@@ -10,8 +10,9 @@
 # ~/.cache/nydus-tools. A directory appears there by rename when it is complete,
 # so a run that is killed leaves nothing half-made, and a second run builds
 # nothing. Runs at the same time wait for each other. Nothing is installed onto
-# the machine itself except Debian's fuse3 where mount.fuse3 is missing: the
-# Debian packages of containerd and docker-registry would start services.
+# the machine itself except Debian's fuse3, qemu-system-x86 and systemd where they
+# are missing: the Debian packages of containerd and docker-registry would start
+# services.
 set -euo pipefail
 
 nydus_version=2.2.0
@@ -19,6 +20,7 @@ nydusd_version=2.4.0 # of test/nydusd
 containerd_version=2.4.2
 runc_version=1.5.2
 golangci_version=2.15.0
+guest_series=6.12 # of Debian's kernel for the guest in test/guest
 
 # Debian packages whose files make up the image fixture (see test/kit).
 fixture_packages=(
@@ -282,6 +284,59 @@ install_fuse() {
 	emit MOUNT_FUSE "$mount_fuse"
 }
 
+# apt_install PROGRAM PACKAGE installs a Debian package where PROGRAM is missing.
+apt_install() {
+	[ ! -x "$1" ] && ! command -v "$1" >/dev/null || return 0
+	[ "$(id -u)" = 0 ] || die "$1 is missing and only root can install it: apt-get install $2"
+	need apt-get "$1 is missing; install it (Debian: $2)"
+	say "installing Debian's $2"
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$2" >&2 ||
+		{ apt_update && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$2" >&2; } ||
+		die "apt-get install $2 failed: see the message above"
+}
+
+# install_guest gets what runs the guest of test/guest: an emulator, which needs no
+# help of the processor's, systemd, and a kernel with the one module that is not
+# built in.
+install_guest() {
+	local dir tmp deb package module
+	apt_install qemu-system-x86_64 qemu-system-x86
+	apt_install /lib/systemd/systemd systemd
+	emit QEMU "$(command -v qemu-system-x86_64)"
+	for dir in "$cache/guest-kernel-$guest_series".*; do
+		if [ -f "$dir/vmlinuz" ] && [ -f "$dir/overlay.ko.xz" ]; then
+			emit GUEST_KERNEL "$dir"
+			return
+		fi
+	done
+	# The package that is always there only depends on the newest kernel of the series.
+	package=$(apt_depends "linux-image-$guest_series-cloud-amd64")
+	if [ -z "$package" ]; then
+		apt_update || true
+		package=$(apt_depends "linux-image-$guest_series-cloud-amd64")
+	fi
+	[ -n "$package" ] || die "Debian has no linux-image-$guest_series-cloud-amd64: Debian 12 has it"
+	say "unpacking Debian's $package"
+	tmp=$(fresh kernel)
+	apt_download "$tmp" "$package"
+	deb=$(echo "$tmp/$package"_*.deb)
+	dir=$cache/guest-kernel-$(dpkg-deb -f "$deb" Version | tr ':~+' '---')
+	mkdir "$tmp/root" "$tmp/out"
+	dpkg-deb -x "$deb" "$tmp/root" || die "dpkg-deb -x $deb failed: see the message above"
+	module=$(find "$tmp/root" -name overlay.ko.xz)
+	{ cp "$tmp"/root/boot/vmlinuz-* "$tmp/out/vmlinuz" && cp "$module" "$tmp/out/overlay.ko.xz"; } ||
+		die "$package has not the files that the guest needs: see the message above"
+	publish "$tmp/out" "$dir"
+	rm -rf "$tmp"
+	emit GUEST_KERNEL "$dir"
+}
+
+# apt_depends PACKAGE prints the first package that it depends on.
+apt_depends() {
+	need apt-cache "Debian packages are needed here; run this on Debian 12"
+	apt-cache depends "$1" 2>/dev/null | sed -n 's/^ *Depends: *//p' | head -n1 || true
+}
+
 install_fixture_packages() {
 	local key dir tmp
 	key=$(printf '%s\n' "${fixture_packages[@]}" | sha256sum | cut -c1-12)
@@ -338,6 +393,7 @@ install_fuse
 install_registry
 install_containerd16
 install_fixture_packages
+install_guest
 install_containerd
 install_runc
 install_nydus

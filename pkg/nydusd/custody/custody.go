@@ -31,11 +31,14 @@ const MaxState = 32 << 10
 type Custody struct {
 	// State is opaque, and a secret.
 	State []byte
-	fuse  *os.File
+	// fuse is a plain number, and not an os.File: the daemon made the descriptor
+	// non-blocking, so Go would hand it to its poller, which then wakes with each
+	// request to the filesystem.
+	fuse int
 }
 
 // New makes a Custody of a descriptor that it owns from now on.
-func New(state []byte, fuse *os.File) *Custody { return &Custody{State: state, fuse: fuse} }
+func New(state []byte, fuse int) *Custody { return &Custody{State: state, fuse: fuse} }
 
 // String keeps the state out of logs.
 func (*Custody) String() string { return "[custody]" }
@@ -44,15 +47,24 @@ func (*Custody) String() string { return "[custody]" }
 func (*Custody) GoString() string { return "[custody]" }
 
 // Close lets the descriptor go.
-func (c *Custody) Close() error { return c.fuse.Close() }
+func (c *Custody) Close() error { return unix.Close(c.fuse) }
 
-// File is the descriptor, which stays the Custody's.
-func (c *Custody) File() *os.File { return c.fuse }
+// FD is the descriptor, which stays the Custody's.
+func (c *Custody) FD() int { return c.fuse }
+
+// Copy returns a second Custody of the same filesystem.
+func (c *Custody) Copy() (*Custody, error) {
+	fd, err := unix.FcntlInt(uintptr(c.fuse), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("copy FUSE descriptor: %w", err)
+	}
+	return New(c.State, fd), nil
+}
 
 // Alive tells whether the filesystem still exists. While nothing but the
 // Custody has the descriptor, its users wait.
 func (c *Custody) Alive() bool {
-	polls := []unix.PollFd{{Fd: int32(c.fuse.Fd())}}
+	polls := []unix.PollFd{{Fd: int32(c.fuse)}}
 	for {
 		_, err := unix.Poll(polls, 0)
 		if !errors.Is(err, unix.EINTR) {
@@ -73,7 +85,7 @@ func (c *Custody) Resend() error {
 	binary.NativeEndian.PutUint32(message, uint32(len(message)))
 	binary.NativeEndian.PutUint32(message[4:], notifyResend)
 	for {
-		_, err := unix.Write(int(c.fuse.Fd()), message)
+		_, err := unix.Write(c.fuse, message)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
@@ -113,7 +125,7 @@ func Give(ctx context.Context, path string, c *Custody, take func(context.Contex
 	}
 	err := exchange(ctx, path, take, func(conn *net.UnixConn) error {
 		// In one message: the successor reads once.
-		_, _, err := conn.WriteMsgUnix(c.State, unix.UnixRights(int(c.fuse.Fd())), nil)
+		_, _, err := conn.WriteMsgUnix(c.State, unix.UnixRights(c.fuse), nil)
 		return err
 	})
 	if err != nil {
@@ -177,7 +189,7 @@ func ignoreClosed(err error) error {
 // read reads a state to its end, and the descriptor beside it.
 func read(conn *net.UnixConn) (*Custody, error) {
 	var state []byte
-	var fuse *os.File
+	fuse := -1
 	buf, oob := make([]byte, MaxState), make([]byte, unix.CmsgSpace(4*4))
 	for {
 		n, oobn, _, _, err := conn.ReadMsgUnix(buf, oob)
@@ -188,16 +200,16 @@ func read(conn *net.UnixConn) (*Custody, error) {
 			for _, fd := range fds[1:] {
 				unix.Close(fd)
 			}
-			if fuse != nil {
+			if fuse >= 0 {
 				unix.Close(fds[0])
 			} else {
-				fuse = os.NewFile(uintptr(fds[0]), "/dev/fuse")
+				fuse = fds[0]
 			}
 		}
 		switch {
 		case errors.Is(err, io.EOF) || err == nil && n == 0 && oobn == 0:
-			if fuse == nil || len(state) == 0 {
-				err = fmt.Errorf("%d bytes of state came, with a descriptor: %v", len(state), fuse != nil)
+			if fuse < 0 || len(state) == 0 {
+				err = fmt.Errorf("%d bytes of state came, with a descriptor: %v", len(state), fuse >= 0)
 				break
 			}
 			return New(state, fuse), nil
@@ -206,8 +218,8 @@ func read(conn *net.UnixConn) (*Custody, error) {
 		case err == nil:
 			err = errors.New("the state has no end")
 		}
-		if fuse != nil {
-			fuse.Close()
+		if fuse >= 0 {
+			unix.Close(fuse)
 		}
 		return nil, err
 	}

@@ -31,6 +31,13 @@ func pipe(t *testing.T) (keep, other *os.File) {
 	return w, r
 }
 
+func dup(t *testing.T, c *Custody) int {
+	t.Helper()
+	more, err := c.Copy()
+	must(t, err)
+	return more.FD()
+}
+
 func sameFile(t *testing.T, a, b *os.File) {
 	t.Helper()
 	x, err := a.Stat()
@@ -61,7 +68,7 @@ func TestReceive(t *testing.T) {
 	if !bytes.Equal(c.State, state) {
 		t.Errorf("%d bytes of state came, want %d", len(c.State), len(state))
 	}
-	sameFile(t, c.File(), fuse)
+	sameFile(t, os.NewFile(uintptr(dup(t, c)), ""), fuse)
 	for _, verb := range []string{"%v", "%s", "%#v"} {
 		if text := fmt.Sprintf(verb, c); text != "[custody]" {
 			t.Errorf("%s prints %q", verb, text)
@@ -107,8 +114,7 @@ func TestReceiveFails(t *testing.T) {
 func TestGive(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	fuse, _ := pipe(t)
-	c := New(bytes.Repeat([]byte("x"), MaxState), fuse)
-	defer c.Close()
+	c := New(bytes.Repeat([]byte("x"), MaxState), int(fuse.Fd()))
 	err := Give(t.Context(), path, c, func(context.Context) error {
 		conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
 		must(t, err)
@@ -149,8 +155,8 @@ func TestHolder(t *testing.T) {
 	must(t, err)
 	fuse, other := pipe(t)
 	state := bytes.Repeat([]byte("s"), MaxState)
-	must(t, first.Put("one", New(state, fuse)))
-	must(t, first.Put("one", New(state, fuse))) // again
+	must(t, first.Put("one", New(state, int(fuse.Fd())), 0, 0))
+	must(t, first.Put("one", New(state, int(fuse.Fd())), 0, 0)) // again
 	must(t, first.Close())
 
 	second, err := Connect(path)
@@ -163,7 +169,7 @@ func TestHolder(t *testing.T) {
 	if !bytes.Equal(c.State, state) {
 		t.Errorf("another state came, of %d bytes", len(c.State))
 	}
-	sameFile(t, c.File(), fuse)
+	sameFile(t, os.NewFile(uintptr(dup(t, c)), ""), fuse)
 	if _, err := second.Get("two"); err == nil {
 		t.Error("got what nobody gave")
 	}

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 )
 
 // Holder is a second keeper: a process that does nothing else, so that it is there
@@ -24,7 +26,7 @@ import (
 // is connected.
 type Holder struct {
 	mu   sync.Mutex
-	kept map[string]*Custody
+	kept map[string]*keep
 	// wake interrupts the wait for descriptors to die when there are others.
 	wake *os.File
 	// users counts connections.
@@ -32,9 +34,40 @@ type Holder struct {
 	quiet func()
 }
 
+// keep is what a Holder keeps under one name.
+type keep struct {
+	*Custody
+	// daemon is who serves the filesystem, nil once it has ended. As long as it
+	// lives its end is waited for: it ends with its filesystem, while who waits
+	// on a FUSE descriptor is woken by each request.
+	daemon *nydusd.Process
+}
+
+func (k *keep) close() error { return errors.Join(k.release(), k.Close()) }
+
+func (k *keep) release() error {
+	if k.daemon == nil {
+		return nil
+	}
+	err := k.daemon.Close()
+	k.daemon = nil
+	return err
+}
+
+// poll is what to wait for.
+func (k *keep) poll() unix.PollFd {
+	if k.daemon != nil {
+		return unix.PollFd{Fd: int32(k.daemon.FD), Events: unix.POLLIN}
+	}
+	return unix.PollFd{Fd: int32(k.fuse)} // POLLERR comes unasked
+}
+
 type message struct {
-	Op    string   `json:"op,omitempty"` // put, get, drop, list
-	Name  string   `json:"name,omitempty"`
+	Op   string `json:"op,omitempty"` // put, get, drop, list
+	Name string `json:"name,omitempty"`
+	// PID and Start name the daemon that serves what is put.
+	PID   int      `json:"pid,omitempty"`
+	Start uint64   `json:"start,omitempty"`
 	Names []string `json:"names,omitempty"`
 	Fault string   `json:"fault,omitempty"`
 }
@@ -54,7 +87,7 @@ func (h *Holder) Serve(ctx context.Context, l *net.UnixListener) error {
 	}
 	defer r.Close()
 	defer w.Close()
-	h.kept, h.wake = map[string]*Custody{}, w
+	h.kept, h.wake = map[string]*keep{}, w
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	h.quiet = cancel
@@ -93,8 +126,8 @@ func (h *Holder) closeAll() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	var errs []error
-	for name, c := range h.kept {
-		errs = append(errs, c.Close())
+	for name, k := range h.kept {
+		errs = append(errs, k.close())
 		delete(h.kept, name)
 	}
 	return errors.Join(errs...)
@@ -119,8 +152,8 @@ func (h *Holder) follow(ctx context.Context, wake *os.File) {
 	for ctx.Err() == nil {
 		polls := []unix.PollFd{{Fd: int32(wake.Fd()), Events: unix.POLLIN}}
 		h.mu.Lock()
-		for _, c := range h.kept {
-			polls = append(polls, unix.PollFd{Fd: int32(c.fuse.Fd())}) // POLLERR comes unasked
+		for _, k := range h.kept {
+			polls = append(polls, k.poll())
 		}
 		h.mu.Unlock()
 		if _, err := unix.Poll(polls, -1); err != nil && !errors.Is(err, unix.EINTR) {
@@ -130,9 +163,12 @@ func (h *Holder) follow(ctx context.Context, wake *os.File) {
 			_, _ = wake.Read(make([]byte, 64))
 		}
 		h.mu.Lock()
-		for name, c := range h.kept {
-			if !c.Alive() {
-				c.Close()
+		for name, k := range h.kept {
+			if k.daemon != nil && k.daemon.Wait(time.Now()) {
+				_ = k.release()
+			}
+			if k.daemon == nil && !k.Alive() {
+				_ = k.close()
 				delete(h.kept, name)
 			}
 		}
@@ -158,36 +194,29 @@ func (h *Holder) talk(conn *net.UnixConn) {
 
 // answer keeps the lock until the answer is sent: what it holds may be let go
 // otherwise.
-func (h *Holder) answer(conn *net.UnixConn, m message, state []byte, fuse *os.File) error {
+func (h *Holder) answer(conn *net.UnixConn, m message, state []byte, fuse int) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	answer, state, fuse := h.do(m, state, fuse)
 	return transmit(conn, answer, state, fuse)
 }
 
-func (h *Holder) do(m message, state []byte, fuse *os.File) (answer message, outState []byte, out *os.File) {
-	if m.Op != "put" && fuse != nil {
-		fuse.Close()
+func (h *Holder) do(m message, state []byte, fuse int) (answer message, outState []byte, out int) {
+	if m.Op != "put" && fuse >= 0 {
+		unix.Close(fuse)
 	}
 	old := h.kept[m.Name]
 	switch m.Op {
 	case "put":
-		if fuse == nil || m.Name == "" || len(state) == 0 {
-			return message{Fault: "put needs a name, a state and a descriptor"}, nil, nil
-		}
-		h.kept[m.Name] = New(bytes.Clone(state), fuse)
-		if old != nil {
-			old.Close()
-		}
-		_ = h.wakeUp()
+		answer.Fault = h.put(m, state, fuse)
 	case "get":
 		if old == nil {
-			return message{Fault: "not kept"}, nil, nil
+			return message{Fault: "not kept"}, nil, -1
 		}
 		return message{}, old.State, old.fuse
 	case "drop":
 		if old != nil {
-			old.Close()
+			_ = old.close()
 			delete(h.kept, m.Name)
 			_ = h.wakeUp()
 		}
@@ -196,68 +225,102 @@ func (h *Holder) do(m message, state []byte, fuse *os.File) (answer message, out
 			answer.Names = append(answer.Names, name)
 		}
 	default:
-		return message{Fault: "unknown request " + m.Op}, nil, nil
+		answer.Fault = "unknown request " + m.Op
 	}
-	return answer, nil, nil
+	return answer, nil, -1
+}
+
+func (h *Holder) put(m message, state []byte, fuse int) (fault string) {
+	if fuse < 0 || m.Name == "" || len(state) == 0 {
+		if fuse >= 0 {
+			unix.Close(fuse)
+		}
+		return "put needs a name, a state and a descriptor"
+	}
+	k := &keep{Custody: New(bytes.Clone(state), fuse)}
+	if m.PID > 0 {
+		// One that cannot be found has ended, or its filesystem is watched instead.
+		k.daemon, _ = nydusd.Find(m.PID, m.Start)
+	}
+	if old := h.kept[m.Name]; old != nil {
+		_ = old.close()
+	}
+	h.kept[m.Name] = k
+	_ = h.wakeUp()
+	return ""
 }
 
 // ours tells whether the other side is of this user.
 func ours(conn *net.UnixConn) bool {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return false
-	}
-	var cred *unix.Ucred
-	var got error
-	err = raw.Control(func(fd uintptr) { cred, got = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
-	return err == nil && got == nil && int(cred.Uid) == os.Geteuid()
+	cred, err := peer(conn)
+	return err == nil && int(cred.Uid) == os.Geteuid()
 }
 
-func transmit(conn *net.UnixConn, m message, state []byte, fuse *os.File) error {
+func peer(conn *net.UnixConn) (cred *unix.Ucred, err error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var got error
+	err = raw.Control(func(fd uintptr) { cred, got = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	return cred, errors.Join(err, got)
+}
+
+func transmit(conn *net.UnixConn, m message, state []byte, fuse int) error {
 	text, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
 	var oob []byte
-	if fuse != nil {
-		oob = unix.UnixRights(int(fuse.Fd()))
+	if fuse >= 0 {
+		oob = unix.UnixRights(fuse)
 	}
 	_, _, err = conn.WriteMsgUnix(append(append(text, '\n'), state...), oob, nil)
 	return err
 }
 
-func receive(conn *net.UnixConn) (m message, state []byte, fuse *os.File, err error) {
+// receive returns -1 for no descriptor.
+func receive(conn *net.UnixConn) (m message, state []byte, fuse int, err error) {
+	fuse = -1
 	buf, oob := make([]byte, maxMessage), make([]byte, unix.CmsgSpace(4*4))
 	n, oobn, flags, _, err := conn.ReadMsgUnix(buf, oob)
-	fds := descriptors(oob[:oobn])
-	for _, fd := range fds {
-		if fuse == nil {
-			fuse = os.NewFile(uintptr(fd), "/dev/fuse")
+	if err != nil {
+		return m, nil, -1, err
+	}
+	for _, fd := range descriptors(oob[:oobn]) {
+		if fuse < 0 {
+			fuse = fd
 			continue
 		}
 		unix.Close(fd)
 	}
 	text, state, _ := bytes.Cut(buf[:n], []byte("\n"))
 	switch {
-	case err == nil && n == 0:
+	case n == 0:
 		err = io.EOF
-	case err == nil && flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
+	case flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
 		err = errors.New("message is too long")
-	case err == nil:
+	default:
 		err = json.Unmarshal(text, &m)
 	}
-	if err != nil && fuse != nil {
-		fuse.Close()
-		fuse = nil
+	if err != nil && fuse >= 0 {
+		unix.Close(fuse)
+		fuse = -1
 	}
 	return m, state, fuse, err
 }
 
-// Spare is a connection to a Holder. Its calls may be made by several goroutines.
+// Spare is a connection to a Holder. Its calls may be made by several goroutines,
+// and none takes longer than SpareTimeout.
 type Spare struct {
 	mu   sync.Mutex
 	conn *net.UnixConn
+	pid  int
 }
+
+// SpareTimeout bounds a question to a Holder, which answers within a millisecond
+// unless it was stopped.
+const SpareTimeout = 3 * time.Second
 
 // Connect connects to the Holder that listens on path.
 func Connect(path string) (*Spare, error) {
@@ -265,8 +328,15 @@ func Connect(path string) (*Spare, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect to holder: %w", err)
 	}
-	return &Spare{conn: conn}, nil
+	s := &Spare{conn: conn}
+	if cred, err := peer(conn); err == nil {
+		s.pid = int(cred.Pid)
+	}
+	return s, nil
 }
+
+// PID is the holder's process, 0 when that cannot be known.
+func (s *Spare) PID() int { return s.pid }
 
 // Close ends the connection; what is kept stays kept.
 func (s *Spare) Close() error {
@@ -274,16 +344,17 @@ func (s *Spare) Close() error {
 	return errors.Join(s.conn.CloseRead(), s.conn.CloseWrite(), s.conn.Close())
 }
 
-// Put gives a copy of c to the holder, under a name.
-func (s *Spare) Put(name string, c *Custody) error {
-	_, _, _, err := s.ask(message{Op: "put", Name: name}, c.State, c.fuse)
+// Put gives a copy of c to the holder, under a name. pid and start name the daemon
+// that serves it now, zeros for none.
+func (s *Spare) Put(name string, c *Custody, pid int, start uint64) error {
+	_, _, _, err := s.ask(message{Op: "put", Name: name, PID: pid, Start: start}, c.State, c.fuse)
 	return err
 }
 
 // Get returns a copy of what is kept under a name.
 func (s *Spare) Get(name string) (*Custody, error) {
-	_, state, fuse, err := s.ask(message{Op: "get", Name: name}, nil, nil)
-	if err == nil && fuse == nil {
+	_, state, fuse, err := s.ask(message{Op: "get", Name: name}, nil, -1)
+	if err == nil && fuse < 0 {
 		err = fmt.Errorf("holder: get %s: no descriptor came", name)
 	}
 	if err != nil {
@@ -294,13 +365,13 @@ func (s *Spare) Get(name string) (*Custody, error) {
 
 // Drop makes the holder let go of a name; one that it does not have is no error.
 func (s *Spare) Drop(name string) error {
-	_, _, _, err := s.ask(message{Op: "drop", Name: name}, nil, nil)
+	_, _, _, err := s.ask(message{Op: "drop", Name: name}, nil, -1)
 	return err
 }
 
 // Names lists what is kept.
 func (s *Spare) Names() ([]string, error) {
-	m, _, _, err := s.ask(message{Op: "list"}, nil, nil)
+	m, _, _, err := s.ask(message{Op: "list"}, nil, -1)
 	return m.Names, err
 }
 
@@ -322,17 +393,25 @@ func (s *Spare) Gone() {
 	})
 }
 
-func (s *Spare) ask(m message, state []byte, fuse *os.File) (answer message, got []byte, f *os.File, err error) {
+// ask returns -1 for no descriptor. After an error the connection is of no use: an
+// answer that comes late would be taken for the next one's.
+func (s *Spare) ask(m message, state []byte, fuse int) (answer message, got []byte, fd int, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err = transmit(s.conn, m, state, fuse); err == nil {
-		answer, got, f, err = receive(s.conn)
+	fd = -1
+	if err = s.conn.SetDeadline(time.Now().Add(SpareTimeout)); err == nil {
+		err = transmit(s.conn, m, state, fuse)
 	}
-	if err == nil && answer.Fault != "" {
+	if err == nil {
+		answer, got, fd, err = receive(s.conn)
+	}
+	if err != nil {
+		err = errors.Join(err, s.conn.CloseRead(), s.conn.CloseWrite())
+	} else if answer.Fault != "" {
 		err = errors.New(answer.Fault)
 	}
 	if err != nil {
-		return answer, nil, nil, fmt.Errorf("holder: %s %s: %w", m.Op, m.Name, err)
+		return answer, nil, -1, fmt.Errorf("holder: %s %s: %w", m.Op, m.Name, err)
 	}
-	return answer, got, f, nil
+	return answer, got, fd, nil
 }

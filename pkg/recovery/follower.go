@@ -1,0 +1,458 @@
+package recovery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/health"
+	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/client"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
+)
+
+// follower follows one generation through its daemons.
+type follower struct {
+	r    *Recovery
+	name string
+	rec  *instance.Record
+	log  *slog.Logger
+
+	// g is the generation as it was last read; only run changes it.
+	g instance.Generation
+	// failures counts successors that failed in a row, short those daemons that
+	// have lived for a short time only; since is when the present one was met.
+	failures, short int
+	since           time.Time
+	// health tells whether the present one is broken, which broken says was
+	// reported; left that nothing more can be done about it.
+	health       *health.Log
+	broken, left bool
+	// wake says that what a successor needs may have changed.
+	wake chan struct{}
+	// ooms is how many were killed at their memory limit before the present one.
+	ooms int
+
+	mu      sync.Mutex
+	custody *custody.Custody
+	// server is whose filesystem custody is, for the spare.
+	server struct {
+		pid   int
+		start uint64
+	}
+}
+
+// run returns when the generation has ended or was given up, or at the end of ctx.
+func (f *follower) run(ctx context.Context) {
+	defer f.drop()
+	f.reportUnmet()
+	for ctx.Err() == nil {
+		var how string
+		p, err := nydusd.Find(f.g.PID, f.g.StartTime)
+		if err != nil {
+			f.log.Error("follow nydusd", "pid", f.g.PID, "error", err)
+			wait(ctx, again)
+			continue
+		}
+		if p != nil {
+			f.since, f.ooms = time.Now(), f.oomKills()
+			ended := f.attend(ctx, p)
+			how = p.Exit()
+			_ = p.Close()
+			if !ended {
+				wait(ctx, again) // out of descriptors, or the end
+				continue
+			}
+		}
+		if !f.ended(ctx, how) {
+			return
+		}
+	}
+}
+
+// reportUnmet says which limits the daemon runs without.
+func (f *follower) reportUnmet() {
+	for _, what := range f.g.Unmet {
+		f.log.Warn("a limit of nydusd is not in force", "event", "limit", "pid", f.g.PID, "reason", what)
+	}
+}
+
+// oomKills counts the daemons of the generation that were killed at their memory
+// limit.
+func (f *follower) oomKills() int {
+	n, err := instance.OOMKills(f.rec.Key, f.g)
+	if err != nil {
+		f.log.Warn("look whether nydusd was killed for memory", "error", err)
+	}
+	return n
+}
+
+// attend waits for the daemon's end, and meanwhile sees to it that what a successor
+// needs is kept. It tells whether the daemon has ended.
+func (f *follower) attend(ctx context.Context, p *nydusd.Process) bool {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ended := make(chan bool, 1)
+	go func() {
+		ended <- p.WaitContext(ctx)
+		cancel() // whatever is being asked of it
+	}()
+	f.health, f.broken = health.Follow(instance.LogPath(f.rec), 0), false
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
+	for pause := again; ; pause = min(2*pause, lastAgain) {
+		timer := time.NewTimer(pause)
+		if f.keep(ctx, p) {
+			timer.Stop() // nothing is left to try
+		}
+	waiting:
+		for {
+			select {
+			case ok := <-ended:
+				timer.Stop()
+				return ok
+			case <-timer.C:
+				break waiting
+			case <-f.wake:
+				timer.Stop()
+				pause = again
+				break waiting
+			case <-look.C:
+				f.look(ctx)
+			}
+		}
+	}
+}
+
+// lookEvery is how often it is looked whether a daemon is broken: what it writes
+// makes no event that would be cheaper.
+const lookEvery = 5 * time.Second
+
+// look looks whether the daemon serves errors although it says that it runs, and
+// replaces one that does once another would do better.
+func (f *follower) look(ctx context.Context) {
+	fault, err := f.health.Broken()
+	if err != nil {
+		f.log.Warn("look whether nydusd is broken", "error", err)
+	}
+	if fault == nil || f.left {
+		return
+	}
+	if !f.broken {
+		f.broken = true
+		f.log.Error("nydusd serves errors; it is replaced once its registry answers", "event", "broken", "pid", f.g.PID, "error", fault)
+	}
+	if f.kept() == nil {
+		f.leave(ctx)
+		return
+	}
+	if !f.answered(ctx, fault) {
+		return // asked again at the next look
+	}
+	done, err := Upgrade{RunDir: f.r.cfg.RunDir, StartTimeout: f.r.cfg.StartTimeout}.Run(ctx, f.rec.Key, f.g.Number)
+	if err != nil {
+		f.log.Error("replace a nydusd that is broken", "event", "takeover failed", "error", err)
+		return
+	}
+	f.log.Info("nydusd was broken and is succeeded: its registry answers again", "event", "takeover", "pid", done.After, "took", done.Stall)
+}
+
+// answered tells whether one of the backends answers that may have the blobs.
+func (f *follower) answered(ctx context.Context, fault *health.Fault) bool {
+	for _, config := range instance.ConfigPaths(f.r.cfg.RunDir, f.g) {
+		if health.Answers(ctx, config, fault.Blobs) == nil {
+			return true
+		}
+	}
+	return false
+}
+
+// leave takes a broken daemon that cannot be succeeded out of use for what comes.
+func (f *follower) leave(ctx context.Context) {
+	f.left = true
+	f.change(ctx, func(g *instance.Generation) { g.Failed = true })
+	f.log.Error("nydusd is broken and cannot be succeeded: its containers fail until they are started anew, which get another", "event", "left", "pid", f.g.PID)
+}
+
+// keep takes what a successor needs from the living daemon, and tells whether that
+// is done, or of no use to try again.
+func (f *follower) keep(ctx context.Context, p *nydusd.Process) (done bool) {
+	if f.r.cfg.Policy != PolicyFailover || f.g.Supervisor == "" {
+		return true
+	}
+	if f.kept() != nil {
+		f.served()
+		return true
+	}
+	s, err := f.succession(ctx)
+	if err != nil {
+		return ctx.Err() != nil || errors.Is(err, instance.ErrGone)
+	}
+	defer s.Close()
+	if s.Generation.PID != f.g.PID {
+		return true // it has been replaced: its end is noticed next
+	}
+	bounded, cancel := context.WithTimeoutCause(ctx, client.Timeout, fmt.Errorf("not within %s", client.Timeout))
+	defer cancel()
+	// It is mounted before it listens.
+	err = awaitSocket(bounded, p, f.g.Socket)
+	var c *custody.Custody
+	if err == nil {
+		c, err = custody.Receive(bounded, f.g.Supervisor, client.New(f.g.Socket).SendFD)
+	}
+	switch {
+	case err == nil && len(c.State) > custody.MaxState:
+		f.log.Warn("what a successor of nydusd needs is too long to hand over: when it dies its containers fail", "pid", f.g.PID, "bytes", len(c.State), "most", custody.MaxState)
+		_ = c.Close()
+	case err == nil:
+		f.set(c)
+		f.change(ctx, func(g *instance.Generation) { g.Kept = true })
+	case errors.Is(err, custody.ErrUnable):
+		f.r.reportUnable(f.g.Nydusd, err)
+	case ctx.Err() == nil:
+		f.log.Warn("cannot keep what a successor of nydusd needs; trying again", "pid", f.g.PID, "error", err)
+		return false
+	}
+	return true
+}
+
+// succession locks out whoever else might replace the daemon. An error other than
+// that of ctx or instance.ErrGone is in the log.
+func (f *follower) succession(ctx context.Context) (*instance.Succession, error) {
+	s, err := instance.LockSuccession(ctx, f.r.cfg.RunDir, f.rec.Key, f.g.Number)
+	if err != nil && ctx.Err() == nil && !errors.Is(err, instance.ErrGone) {
+		f.log.Error("lock out others from replacing nydusd", "error", err)
+	}
+	return s, err
+}
+
+// ended sees to what has lost its daemon, and tells whether it is to be followed
+// further.
+func (f *follower) ended(ctx context.Context, how string) (further bool) {
+	started := time.Now()
+	s, err := f.succession(ctx)
+	if errors.Is(err, instance.ErrGone) {
+		return false
+	}
+	if err != nil {
+		wait(ctx, again)
+		return true
+	}
+	defer s.Close()
+	if s.Generation.PID != f.g.PID || s.Generation.StartTime != f.g.StartTime {
+		f.g = s.Generation // somebody has replaced it
+		f.served()
+		return true
+	}
+	f.adopt()
+	if f.finished(ctx) {
+		return false
+	}
+	cause := "unknown"
+	if f.oomKills() > f.ooms {
+		cause = "killed at its memory limit"
+	}
+	f.log.Warn("nydusd has died", "event", "death", "pid", f.g.PID, "exit", how, "cause", cause, "kept", f.kept() != nil)
+	if err := f.endOrphans(); err != nil {
+		f.log.Error("end a successor that was left half way", "error", err)
+		wait(ctx, again)
+		return true
+	}
+	return f.recover(ctx, s, started)
+}
+
+// endOrphans ends successors whose starter was killed before it wrote them down.
+// Whether one serves cannot be told. Two must not, and with what is kept nothing is
+// lost: the next one goes on where it stopped.
+func (f *follower) endOrphans() error {
+	if f.kept() == nil {
+		return nil
+	}
+	orphans, err := instance.Orphans(f.g)
+	for _, o := range orphans {
+		f.log.Warn("end a successor that was left half way", "pid", o.PID)
+		err = errors.Join(err, end(o))
+	}
+	return err
+}
+
+func (f *follower) kept() *custody.Custody {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.custody
+}
+
+// finished tells whether the generation's filesystem is gone, as after its last
+// unmount, and forgets it then.
+func (f *follower) finished(ctx context.Context) bool {
+	if c := f.kept(); c != nil {
+		if c.Alive() {
+			return false
+		}
+	} else if m, ok, err := rootfs.Lookup(f.g.Mountpoint); err == nil && ok && m.Dev == f.g.Dev {
+		return false // nothing was kept: then the mount table tells
+	}
+	if f.g.Kept {
+		f.change(ctx, func(g *instance.Generation) { g.Kept = false })
+	}
+	return true
+}
+
+func (f *follower) change(ctx context.Context, change func(*instance.Generation)) {
+	err := instance.Change(context.WithoutCancel(ctx), f.r.cfg.RunDir, f.rec.Key, f.g.Number, func(g *instance.Generation) {
+		change(g)
+		f.g = *g
+	})
+	if err != nil && !errors.Is(err, instance.ErrGone) {
+		f.log.Error("write instance record", "error", err)
+	}
+}
+
+// adopt fetches what the spare keeps of a daemon that has died.
+func (f *follower) adopt() {
+	spare := f.r.currentSpare()
+	if spare == nil || f.kept() != nil || !f.g.Kept {
+		return
+	}
+	c, err := spare.Get(f.name)
+	if err != nil {
+		f.log.Error("fetch what a successor of nydusd needs", "error", err)
+		return
+	}
+	f.set(c)
+}
+
+func (f *follower) set(c *custody.Custody) {
+	f.mu.Lock()
+	f.custody = c
+	f.server.pid, f.server.start = f.g.PID, f.g.StartTime
+	f.mu.Unlock()
+	f.share()
+}
+
+// served tells the spare that another daemon serves what is kept.
+func (f *follower) served() {
+	f.mu.Lock()
+	same := f.server.pid == f.g.PID && f.server.start == f.g.StartTime
+	f.server.pid, f.server.start = f.g.PID, f.g.StartTime
+	f.mu.Unlock()
+	if !same {
+		f.share()
+	}
+}
+
+// share gives the spare its copy.
+func (f *follower) share() {
+	spare := f.r.currentSpare()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if spare == nil || f.custody == nil {
+		return
+	}
+	if err := spare.Put(f.name, f.custody, f.server.pid, f.server.start); err != nil {
+		f.log.Warn("give the second keeper its copy", "error", err)
+	}
+}
+
+// drop closes what is kept. The spare's copy stays when the snapshotter ends, and
+// goes by itself with the filesystem.
+func (f *follower) drop() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.custody != nil {
+		_ = f.custody.Close()
+		f.custody = nil
+	}
+}
+
+// forgo lets everything go that makes users wait for a successor: there will be
+// none, so they get errors.
+func (f *follower) forgo(ctx context.Context) {
+	f.drop()
+	if spare := f.r.currentSpare(); spare != nil {
+		if err := spare.Drop(f.name); err != nil {
+			f.log.Warn("make the second keeper let go", "error", err)
+		}
+	}
+	if f.g.Kept {
+		f.change(ctx, func(g *instance.Generation) { g.Kept = false })
+	}
+}
+
+// recover brings the generation back, and tells whether it is to be followed
+// further.
+func (f *follower) recover(ctx context.Context, s *instance.Succession, started time.Time) (further bool) {
+	if started.Sub(f.since) >= shortLife {
+		f.short = 0
+	} else if f.failures == 0 {
+		f.short++
+	}
+	deaths := f.r.died(f.rec.Key, started)
+	if deaths > maxDeaths || f.short > maxDeaths || f.failures >= maxDeaths {
+		f.giveUp(ctx, deaths)
+		return false
+	}
+	if n := f.short + f.failures; n > 0 {
+		wait(ctx, firstBackoff<<(n-1))
+	}
+	select {
+	case f.r.starts <- struct{}{}:
+		defer func() { <-f.r.starts }()
+	case <-ctx.Done():
+		return false
+	}
+	c := f.kept()
+	if c == nil {
+		f.restart(ctx, started)
+		return false
+	}
+	if err := f.succeed(ctx, s, c); err != nil {
+		if ctx.Err() == nil {
+			f.failures++
+			f.log.Error("successor of nydusd failed", "event", "takeover failed", "error", err)
+		}
+		return true
+	}
+	f.failures = 0
+	f.served()
+	f.reportUnmet()
+	f.log.Info("nydusd was succeeded", "event", "takeover", "pid", f.g.PID, "restarts", f.g.Restarts, "took", time.Since(started))
+	return true
+}
+
+// succeed starts a daemon and hands it what is kept.
+func (f *follower) succeed(ctx context.Context, s *instance.Succession, c *custody.Custody) error {
+	n, err := begin(ctx, s, f.g.Nydusd, f.r.cfg.StartTimeout)
+	if err != nil {
+		return err
+	}
+	return n.take(ctx, c, func(change func(*instance.Generation)) { f.change(ctx, change) })
+}
+
+// giveUp ends a crash loop.
+func (f *follower) giveUp(ctx context.Context, deaths int) {
+	f.log.Error("nydusd keeps dying and is given up; its containers fail, new ones get a new nydusd",
+		"event", "given up", "deaths", deaths, "within", deathWindow, "failed successors", f.failures)
+	f.forgo(ctx)
+	if err := instance.Retire(context.WithoutCancel(ctx), f.r.cfg.RunDir, f.rec.Key, f.g.Number); err != nil {
+		f.log.Error("take a daemon that is given up out of use", "error", err)
+	}
+}
+
+// restart replaces a daemon that cannot be succeeded.
+func (f *follower) restart(ctx context.Context, started time.Time) {
+	f.forgo(ctx)
+	err := instance.Restart(ctx, f.r.cfg.RunDir, f.rec.Key, f.g.Number, f.r.cfg.StartTimeout)
+	if err != nil {
+		if ctx.Err() == nil {
+			f.log.Error("restart of nydusd failed; the next mount tries again", "event", "restart failed", "error", err)
+		}
+		return
+	}
+	f.log.Info("nydusd was restarted: what was mounted fails, new containers work", "event", "restart", "took", time.Since(started))
+}

@@ -1,0 +1,109 @@
+package recovery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/client"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
+)
+
+// successor is a daemon that listens and serves nothing yet.
+type successor struct {
+	s       *instance.Succession
+	p       *nydusd.Process
+	path    string
+	socket  string
+	timeout time.Duration
+}
+
+// begin starts a successor. It is ended by end, or serves once take has returned.
+func begin(ctx context.Context, s *instance.Succession, path string, timeout time.Duration) (*successor, error) {
+	p, socket, err := s.Start(path)
+	if err != nil {
+		return nil, err
+	}
+	n := &successor{s: s, p: p, path: path, socket: socket, timeout: timeout}
+	ctx, cancel := n.bounded(ctx)
+	defer cancel()
+	if err := awaitSocket(ctx, p, socket); err != nil {
+		return nil, errors.Join(err, end(p))
+	}
+	return n, nil
+}
+
+func (n *successor) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, n.timeout, fmt.Errorf("not within %s", n.timeout))
+}
+
+// take makes it go on where its predecessor, which must have ended, has stopped, and
+// writes that down with change. After an error it is gone.
+func (n *successor) take(ctx context.Context, c *custody.Custody, change func(func(*instance.Generation))) error {
+	bounded, cancel := n.bounded(ctx)
+	defer cancel()
+	if err := n.handOver(bounded, c); err != nil {
+		return errors.Join(err, end(n.p))
+	}
+	change(func(g *instance.Generation) {
+		g.PID, g.StartTime, g.Socket, g.Nydusd, g.Kept = n.p.PID, n.p.StartTime, n.socket, n.path, true
+		g.Restarts++
+		g.Unmet = n.p.Unmet
+	})
+	return n.p.Close()
+}
+
+func (n *successor) handOver(ctx context.Context, c *custody.Custody) error {
+	// What the predecessor had read and not answered is asked again. Where that
+	// cannot be done those requests hang, and all others are served.
+	resent := c.Resend()
+	api := client.New(n.socket)
+	err := custody.Give(ctx, n.s.Generation.Supervisor, c, api.Takeover)
+	if err == nil {
+		err = api.Start(ctx)
+	}
+	if err != nil {
+		return errors.Join(err, resent)
+	}
+	if resent != nil {
+		n.s.Note("requests in flight may hang: %v", resent)
+	}
+	return nil
+}
+
+// awaitSocket waits until a daemon listens: bind tells by the file, listen by
+// nothing, so it is asked.
+func awaitSocket(ctx context.Context, p *nydusd.Process, socket string) error {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		if _, err := client.New(socket).Info(ctx); err == nil {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("nydusd %d does not listen on %s: %w", p.PID, socket, context.Cause(ctx))
+		}
+		if p.Wait(time.Now()) {
+			return fmt.Errorf("nydusd %d ended before it listened: %s: %w", p.PID, p.Exit(), os.ErrProcessDone)
+		}
+	}
+}
+
+// endWait bounds how long a process may take to end that was killed.
+const endWait = 5 * time.Second
+
+// end ends a successor that came to nothing. It has mounted nothing.
+func end(p *nydusd.Process) error {
+	err := p.Abandon()
+	if !p.Wait(time.Now().Add(endWait)) && err == nil {
+		err = fmt.Errorf("end nydusd %d: it is killed, and still there after %s", p.PID, endWait)
+	}
+	p.Exit() // its parent learns it
+	return errors.Join(err, p.Close())
+}

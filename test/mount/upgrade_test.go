@@ -1,0 +1,203 @@
+package mount_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
+	"github.com/nydusfs/nydus-snapshotter/pkg/recovery"
+)
+
+func (e *env) upgrade(path string) (*recovery.Upgraded, error) {
+	u := recovery.Upgrade{RunDir: runDir, Nydusd: path, StartTimeout: startTimeout}
+	return u.Run(e.t.Context(), e.record().Key, e.current().Number)
+}
+
+// Who reads notices no upgrade, and the snapshotter does not take it for a death.
+func TestUpgrade(t *testing.T) {
+	e := newEnv(t)
+	if !e.succeeds() {
+		target := e.mustMount(e.spec(small(t, "one")))
+		before := e.current()
+		if _, err := e.upgrade(""); !errors.Is(err, custody.ErrUnable) {
+			t.Errorf("the upgrade of a daemon that cannot hand over says %v", err)
+		}
+		if now := e.current(); now.PID != before.PID {
+			t.Errorf("nydusd %d serves, want %d", now.PID, before.PID)
+		}
+		e.answers(target, "one")
+		e.unmount(target)
+		must(t, e.tidy(soon))
+		return
+	}
+	r := e.recover(recovery.PolicyFailover, true)
+	target := e.mustMount(e.spec(odd(t)))
+	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+	readers := e.read(target, 4)
+	for n := range 5 {
+		before := e.current()
+		done, err := e.upgrade("")
+		must(t, err)
+		if now := e.current(); done.Before != before.PID || done.After != now.PID || now.PID == before.PID || !now.Kept || now.Restarts != n+1 {
+			t.Fatalf("upgrade %d: %+v, from %+v to %+v", n, done, before, now)
+		}
+	}
+	if text := r.log.String(); strings.Contains(text, "nydusd has died") {
+		t.Errorf("an upgrade was taken for a death:\n%s", text)
+	}
+	// And what is kept is still good for a death.
+	before := e.current()
+	must(t, unix.Kill(before.PID, unix.SIGKILL))
+	within(t, "a successor", func() bool { return e.current().Restarts == before.Restarts+1 })
+	readers.end(t)
+	e.daemons(1)
+	e.unmount(target)
+	must(t, e.tidy(soon))
+	r.stop()
+	e.holderEnds()
+}
+
+// A new executable that is of no use does no harm: the old one goes on.
+func TestUpgradeThatFails(t *testing.T) {
+	e := newEnv(t)
+	if !e.succeeds() {
+		return // see TestUpgrade
+	}
+	old := e.tools.NydusdOld
+	img := small(t, "one")
+	target := e.mustMount(e.spec(img))
+	readers := e.read(target, 2)
+	first := e.current()
+	for name, c := range map[string]struct {
+		path, says string
+		serves     bool // the very daemon that did
+	}{
+		"is not there":      {filepath.Join(t.TempDir(), "none"), "no such file", true},
+		"ends at once":      {e.wrapper("exit 3"), "exit status 3", true},
+		"cannot take over":  {old, "went back to", false},
+		"is killed at once": {e.wrapper("kill -9 $$"), "SIGKILL", true},
+	} {
+		before := e.current()
+		_, err := e.upgrade(c.path)
+		if err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("one that %s: %v; want %q", name, err, c.says)
+		}
+		if now := e.current(); c.serves != (now.PID == before.PID) || now.Nydusd != first.Nydusd {
+			t.Errorf("one that %s: now nydusd %d of %s serves, before %d", name, now.PID, now.Nydusd, before.PID)
+		}
+		e.daemons(1)
+	}
+	readers.end(t)
+	e.holds(img, target)
+	e.unmount(target)
+	must(t, e.tidy(soon))
+}
+
+// What mount(8) has mounted was released at once, and has no mountpoint in the run
+// directory any more.
+func TestFailoverOfWhatIsReleased(t *testing.T) {
+	e := newEnv(t)
+	if !e.succeeds() {
+		return // see TestFailover
+	}
+	r := e.recover(recovery.PolicyFailover, true)
+	reconciler := e.reconcile(soon)
+	img := small(t, "one")
+	target := e.mustMount(e.spec(img))
+	key := e.record().Key
+	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+	must(t, instance.Retire(t.Context(), runDir, key, e.current().Number))
+	retired := func() instance.Generation { return e.record().Retired[0] }
+	readers := e.read(target, 2)
+	for n := range 3 {
+		e.kill(retired().PID)
+		within(t, "a successor of what is released", func() bool { return retired().Restarts == n+1 })
+	}
+	if _, err := e.upgradeOf(key, retired().Number); err != nil {
+		t.Errorf("the upgrade of what is released: %v", err)
+	}
+	readers.end(t)
+	e.holds(img, target)
+	e.unmount(target)
+	must(t, reconciler.idle(soon))
+	must(t, reconciler.stop())
+	r.stop()
+	e.holderEnds()
+}
+
+func (e *env) upgradeOf(key string, generation int) (*recovery.Upgraded, error) {
+	return recovery.Upgrade{RunDir: runDir, StartTimeout: startTimeout}.Run(e.t.Context(), key, generation)
+}
+
+// A crash loop is given up: users get errors and do not wait for nobody, and the
+// next mount works.
+func TestCrashLoopIsGivenUp(t *testing.T) {
+	e := newEnv(t)
+	if !e.succeeds() {
+		return
+	}
+	r := e.recover(recovery.PolicyFailover, true)
+	img := small(t, "one")
+	s := e.spec(img)
+	target := e.mustMount(s)
+	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+	for {
+		before := e.current()
+		e.kill(before.PID)
+		gone := false
+		within(t, "a successor, or the end", func() bool {
+			gone = e.current().Number == 0
+			return gone || e.current().PID != before.PID
+		})
+		if gone {
+			break
+		}
+	}
+	if text := r.log.String(); strings.Count(text, "nydusd was succeeded") != 5 || !strings.Contains(text, "is given up") {
+		t.Errorf("the log tells of other than five successors and giving up:\n%s", text)
+	}
+	if _, err := os.ReadFile(filepath.Join(target, "name")); !errors.Is(err, unix.ENOTCONN) && !errors.Is(err, unix.ECONNABORTED) {
+		t.Errorf("what was mounted on it says %v, want ENOTCONN", err)
+	}
+	again := e.mustMount(e.another(s))
+	e.holds(img, again)
+	e.daemons(1)
+	e.unmount(target)
+	e.unmount(again)
+	must(t, e.tidy(soon))
+	r.stop()
+	e.holderEnds()
+}
+
+// Another policy lets go of what failover has kept: nobody waits for a successor
+// that will not come.
+func TestNobodyWaitsForWhatIsNotBroughtBack(t *testing.T) {
+	for _, policy := range []recovery.Policy{recovery.PolicyNone, recovery.PolicyRestart} {
+		t.Run(string(policy), func(t *testing.T) {
+			e := newEnv(t)
+			if !e.succeeds() {
+				return
+			}
+			r := e.recover(recovery.PolicyFailover, true)
+			target := e.mustMount(e.spec(small(t, "one")))
+			within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+			before := e.current()
+			r.stop()
+			e.kill(before.PID)
+			r = e.recover(policy, true)
+			e.holderEnds()
+			if _, err := os.ReadFile(filepath.Join(target, "name")); !errors.Is(err, unix.ENOTCONN) && !errors.Is(err, unix.ECONNABORTED) {
+				t.Errorf("what was mounted says %v, want ENOTCONN", err)
+			}
+			e.unmount(target)
+			must(t, e.tidy(soon))
+			r.stop()
+		})
+	}
+}
