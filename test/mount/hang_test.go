@@ -293,7 +293,7 @@ func TestBusyDaemonIsNotAborted(t *testing.T) {
 	log := e.watchHangs(hang.Config{AskEvery: 100 * time.Millisecond})
 	select {
 	case err := <-h.ended:
-		t.Errorf("the reader has ended: %v", err)
+		t.Fatalf("the reader has ended: %v", err)
 	case <-time.After(3 * hangTimeout):
 	}
 	h.release()
