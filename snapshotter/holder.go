@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -74,8 +76,27 @@ func (h holder) find() (*custody.Spare, error) {
 	return nil, errors.Join(err, s.Close())
 }
 
+// sweep removes the sockets of holders that were killed before theirs had its name.
+func (h holder) sweep() error {
+	left, err := filepath.Glob(h.socket() + ".*")
+	errs := []error{err}
+	for _, path := range left {
+		pid, err := strconv.Atoi(strings.TrimPrefix(path, h.socket()+"."))
+		if err != nil || !errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
+			continue // not ours, or about to get its name
+		}
+		if err := os.Remove(path); !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
 func (h holder) start() (err error) {
 	if err := os.Remove(h.socket()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("start holder: %w", err)
+	}
+	if err := h.sweep(); err != nil {
 		return fmt.Errorf("start holder: %w", err)
 	}
 	log, err := os.OpenFile(h.log(), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)

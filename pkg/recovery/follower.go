@@ -56,6 +56,10 @@ type follower struct {
 func (f *follower) run(ctx context.Context) {
 	defer f.drop()
 	f.reportUnmet()
+	// What has died before the end is brought back all the same: nobody else may
+	// have what it takes.
+	work, cancel := outlast(ctx, f.r.cfg.StartTimeout)
+	defer cancel()
 	for ctx.Err() == nil {
 		var how string
 		p, err := nydusd.Find(f.g.PID, f.g.StartTime)
@@ -66,7 +70,7 @@ func (f *follower) run(ctx context.Context) {
 		}
 		if p != nil {
 			f.since, f.ooms = time.Now(), f.oomKills()
-			ended := f.attend(ctx, p)
+			ended := f.attend(ctx, p) || p.Wait(time.Now())
 			how = p.Exit()
 			_ = p.Close()
 			if !ended {
@@ -74,10 +78,19 @@ func (f *follower) run(ctx context.Context) {
 				continue
 			}
 		}
-		if !f.ended(ctx, how) {
+		if !f.ended(work, how) {
 			return
 		}
 	}
+}
+
+// outlast returns a context that ends some time after another.
+func outlast(ctx context.Context, more time.Duration) (context.Context, context.CancelFunc) {
+	out, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		time.AfterFunc(more, func() { cancel(context.Cause(ctx)) })
+	})
+	return out, func() { stop(); cancel(nil) }
 }
 
 // reportUnmet says which limits the daemon runs without.

@@ -21,11 +21,13 @@ import (
 const (
 	daemonNew, daemonOld = "2.4", "2.2.0"
 	dedicated            = "dedicated"
+	shared               = "shared"
 )
 
 // modes are the daemon modes, and what the configuration says for them.
 var modes = map[string]map[string]any{
 	dedicated: {},
+	shared:    {"daemon.daemon_mode": shared},
 }
 
 // cell is a place in the matrix.

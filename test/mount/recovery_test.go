@@ -303,6 +303,27 @@ func (e *env) half(g instance.Generation) *nydusd.Process {
 	return p
 }
 
+// A daemon that dies just before the snapshotter is told to end is brought back: the
+// second keeper may have nothing.
+func TestFailoverAtTheEnd(t *testing.T) {
+	e := newEnv(t)
+	if !e.succeeds() {
+		return // see TestFailover
+	}
+	r := e.recover(recovery.PolicyFailover, false)
+	img := small(t, "one")
+	target := e.mustMount(e.spec(img))
+	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+	e.kill(e.current().PID)
+	r.stop()
+	if g := e.current(); g.Restarts != 1 {
+		t.Errorf("%d successors, want one before the end", g.Restarts)
+	}
+	e.holds(img, target)
+	e.unmount(target)
+	must(t, e.tidy(soon))
+}
+
 // A daemon that cannot be succeeded: what lies on it fails, and what comes finds
 // another at once, which is not stacked on the dead mount.
 func TestRestart(t *testing.T) { newEnv(t).restarts(recovery.PolicyRestart) }
