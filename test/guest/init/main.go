@@ -173,6 +173,9 @@ func hog(cgroup string) error {
 	const step = 1 << 20
 	for kept := [][]byte{}; ; {
 		events := word(filepath.Join(cgroup, "memory.events"))
+		if events == "" {
+			return fmt.Errorf("%s has no memory controller any more", cgroup)
+		}
 		if !strings.Contains(events, "oom_kill 0") {
 			return nil
 		}
