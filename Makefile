@@ -8,6 +8,7 @@
 #   RUN       go test -run pattern                (default: all)
 #   SOAK_TIME how long the random soak of `make soak` goes on (default: 30m)
 #   FUZZTIME  how long each fuzz target runs      (default: 30s)
+#   JOBS      packages of end-to-end tests at a time  (default: 2)
 #   ARGS      further arguments of demo and bench (default: none)
 
 # Go and the tool cache need it; a service or a bare container may not have it.
@@ -26,6 +27,7 @@ SBINDIR  ?= /sbin
 UNITDIR  ?= $(PREFIX)/lib/systemd/system
 RUN      ?= .
 FUZZTIME ?= 30s
+JOBS     ?= 2
 
 LDFLAGS := -s -w -X main.version=$(VERSION)
 # The version is told by git describe above; asking git again fails in a
@@ -111,9 +113,9 @@ test-unit: need-root tools build ## the tests beside the code, with the race det
 
 .PHONY: test-e2e
 test-e2e: need-root tools build ## conventions, end to end and kill points, with both nydusd (root)
-	cd test && $(GO) vet ./... && $(GO) test -p 1 -count=1 -timeout 60m -run '$(RUN)' ./...
+	cd test && $(GO) vet ./... && $(GO) test -p $(JOBS) -count=1 -timeout 60m -run '$(RUN)' ./...
 	@echo "== with the oldest supported nydusd"
-	cd test && NYDUS_DAEMON=old $(GO) test -p 1 -count=1 -timeout 60m -run '$(RUN)' ./mount ./e2e
+	cd test && NYDUS_DAEMON=old $(GO) test -p $(JOBS) -count=1 -timeout 60m -run '$(RUN)' ./mount ./e2e
 
 .PHONY: soak
 soak: need-root tools build ## the whole kill matrix, 50 kills in each cell, and the random soak, for SOAK_TIME (root, hours)

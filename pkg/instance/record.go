@@ -90,6 +90,8 @@ type Generation struct {
 	// Revision counts what was added to the daemon since its start: a state that a
 	// daemon handed over before lacks it.
 	Revision int `json:"revision,omitempty"`
+	// KeptRevision is the one that a successor would know, see Kept.
+	KeptRevision int `json:"kept_revision,omitempty"`
 	// Private is the directory of the daemon in each cache directory, when it cannot
 	// share them.
 	Private string `json:"private,omitempty"`

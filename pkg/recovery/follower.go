@@ -230,7 +230,7 @@ func (f *follower) keep(ctx context.Context, p *nydusd.Process) (done bool) {
 	case err == nil:
 		f.revision = int64(s.Generation.Revision)
 		f.set(c)
-		f.change(ctx, func(g *instance.Generation) { g.Kept = true })
+		f.change(ctx, func(g *instance.Generation) { g.Kept, g.KeptRevision = true, int(f.revision) })
 	case errors.Is(err, custody.ErrUnable):
 		f.r.reportUnable(f.g.Nydusd, err)
 	case ctx.Err() == nil:

@@ -279,7 +279,7 @@ func (l *lab) kept(img containerd.Image) {
 	l.t.Helper()
 	l.until("what serves "+img.Name()+" is kept", func(context.Context) error {
 		g, err := l.serving(img)
-		if err == nil && !g.Kept {
+		if err == nil && (!g.Kept || g.KeptRevision != g.Revision) {
 			err = errors.New("it is not")
 		}
 		return err
@@ -288,8 +288,26 @@ func (l *lab) kept(img containerd.Image) {
 
 var errNone = errors.New("there is none")
 
-// serving is the generation that serves an image.
+// serving is the generation with the daemon that serves an image.
 func (l *lab) serving(img containerd.Image) (instance.Generation, error) {
+	g, err := l.mounted(img)
+	if err != nil || g.Berth == nil {
+		return g, err
+	}
+	pool, err := instance.ReadRecord(l.node.RunDir(), g.Berth.Pool)
+	if err != nil {
+		return g, err
+	}
+	for _, of := range pool.Generations() {
+		if of.Number == g.Berth.Generation {
+			return of, nil
+		}
+	}
+	return g, fmt.Errorf("shared nydusd of %s: %w", img.Name(), errNone)
+}
+
+// mounted is an image's own generation.
+func (l *lab) mounted(img containerd.Image) (instance.Generation, error) {
 	keys, err := instance.Keys(l.node.RunDir())
 	if err != nil {
 		return instance.Generation{}, err
