@@ -40,8 +40,9 @@ type follower struct {
 	// kept.
 	latest   atomic.Int64
 	revision int64
-	// ooms is how many were killed at their memory limit before the present one.
-	ooms int
+	// ooms is how many were killed at their memory limit before the present one,
+	// starved how many of the last ones in a row, none of which has lived for long.
+	ooms, starved int
 
 	mu      sync.Mutex
 	custody *custody.Custody
@@ -276,6 +277,7 @@ func (f *follower) ended(ctx context.Context, how string) (further bool) {
 	if f.oomKills() > f.ooms {
 		cause = "killed at its memory limit"
 	}
+	f.starve(cause != "unknown", started)
 	f.log.Warn("nydusd has died", "event", "death", "pid", f.g.PID, "exit", how, "cause", cause, "kept", f.kept() != nil)
 	if err := f.endOrphans(); err != nil {
 		f.log.Error("end a successor that was left half way", "error", err)
@@ -283,6 +285,19 @@ func (f *follower) ended(ctx context.Context, how string) (further bool) {
 		return true
 	}
 	return f.recover(ctx, s, started)
+}
+
+// starve counts daemons that cannot live with their memory limit. What they were
+// asked is asked of each successor again, which may take its time to die of it.
+func (f *follower) starve(oom bool, now time.Time) {
+	switch {
+	case !oom:
+		f.starved = 0
+	case now.Sub(f.since) >= fedLife:
+		f.starved = 1
+	default:
+		f.starved++
+	}
 }
 
 // endOrphans ends successors whose starter was killed before it wrote them down.
@@ -415,7 +430,7 @@ func (f *follower) recover(ctx context.Context, s *instance.Succession, started 
 		f.short++
 	}
 	deaths := f.r.died(f.rec.Key, started)
-	if deaths > maxDeaths || f.short > maxDeaths || f.failures >= maxDeaths {
+	if deaths > maxDeaths || f.short > maxDeaths || f.starved > maxDeaths || f.failures >= maxDeaths {
 		f.giveUp(ctx, deaths)
 		return false
 	}

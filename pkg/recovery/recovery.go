@@ -62,6 +62,10 @@ const (
 	// less than shortLife; it doubles with each.
 	firstBackoff = 200 * time.Millisecond
 	shortLife    = time.Second
+	// fedLife is what a daemon must live at least that was killed at its memory
+	// limit, so that the limit is not too small for what is asked of it. More than
+	// maxDeaths in a row that do not are a crash loop.
+	fedLife = time.Minute
 	// again is when something is tried again that failed without an event to
 	// wait for; lastAgain bounds how that grows.
 	again     = time.Second

@@ -241,7 +241,7 @@ func TestMemoryLimitTooSmall(t *testing.T) {
 	first, beside := served(t, s.Instance), served(t, o.Instance)
 	// In processes of their own: whatever this one has open there would be closed by
 	// a successor that it starts, which waits for that successor.
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // five deaths, and the waits between them
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute) // five deaths, which take seconds on a busy machine
 	defer cancel()
 	ends := make(chan error, greedyFiles)
 	for n := range greedyFiles {
