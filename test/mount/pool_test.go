@@ -464,3 +464,25 @@ func digestOf(t *testing.T, path string) string {
 	must(t, err)
 	return digest.FromBytes(text).String()
 }
+
+// A shared daemon that hangs gets no new images, and keeps those it has.
+func TestHungSharedDaemonIsReplaced(t *testing.T) {
+	e := newSharedEnv(t)
+	one, two := tiny(t, "one"), tiny(t, "two")
+	old := e.mustMount(e.spec(one))
+	hung := e.daemons(1)[0].PID
+	must(t, unix.Kill(hung, unix.SIGSTOP))
+	t.Cleanup(func() { _ = unix.Kill(hung, unix.SIGCONT) })
+	other := e.mustMount(e.spec(two))
+	e.daemons(2)
+	e.holds(two, other)
+	again := e.mustMount(e.spec(one))
+	e.daemons(2)
+	e.holds(one, again)
+	must(t, unix.Kill(hung, unix.SIGCONT))
+	e.holds(one, old)
+	e.unmount(old)
+	e.daemons(1)
+	e.unmount(other)
+	e.unmount(again)
+}
