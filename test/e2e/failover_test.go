@@ -3,8 +3,10 @@ package e2e_test
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -35,6 +37,15 @@ func holders(t *testing.T) []kit.Process {
 		}
 	}
 	return list
+}
+
+// keeps tells whether a holder has the descriptor of a filesystem.
+func keeps(pid int) bool {
+	links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	return slices.ContainsFunc(links, func(path string) bool {
+		to, err := os.Readlink(path)
+		return err == nil && to == "/dev/fuse"
+	})
 }
 
 // eventually waits for what makes no event.
@@ -127,7 +138,10 @@ func TestContainersOutliveDaemons(t *testing.T) {
 		if err := unix.Kill(old[0].PID, unix.SIGKILL); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "another holder", func() bool { now := holders(t); return len(now) == 1 && now[0].PID != old[0].PID })
+		eventually(t, "another holder", func() bool {
+			now := holders(t)
+			return len(now) == 1 && now[0].PID != old[0].PID && keeps(now[0].PID)
+		})
 
 		pid := ps(t, n)[0].PID
 		if err := errors.Join(n.KillSnapshotter(), unix.Kill(pid, unix.SIGKILL)); err != nil {
