@@ -121,7 +121,8 @@ func TestRotatedKey(t *testing.T) {
 // right keys behind it.
 func TestRunDirIsSymlink(t *testing.T) {
 	r := kit.NewRegistry(t, kit.RegistryOptions{})
-	n := newNode(t, kit.NodeConfig{})
+	// The holder's socket would keep the run directory mounted.
+	n := newNode(t, kit.NodeConfig{Config: map[string]any{"daemon.recover_policy": "none"}})
 	good := nydusImage(t, "good")
 	img := mustPull(t, n, r.MustPush(t, good, "good:1"), kit.PullOptions{})
 	elsewhere := t.TempDir()
