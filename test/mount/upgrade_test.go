@@ -152,8 +152,9 @@ func TestCrashLoopIsGivenUp(t *testing.T) {
 		e.kill(before.PID)
 		gone := false
 		within(t, "a successor, or the end", func() bool {
-			gone = e.current().Number == 0
-			return gone || e.current().PID != before.PID
+			now := e.current()
+			gone = now.Number == 0
+			return gone || now.PID != before.PID
 		})
 		if gone {
 			break
