@@ -15,6 +15,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"strings"
+
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 )
 
@@ -317,4 +319,35 @@ func (i *Instance) write() error {
 		return fmt.Errorf("write instance record: %w", err)
 	}
 	return nil
+}
+
+// Keys lists the instances of a run directory. One that does not exist has none.
+func Keys(runDir string) ([]string, error) {
+	entries, err := os.ReadDir(instancesDir(runDir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list instances: %w", err)
+	}
+	var keys []string
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), ".") {
+			keys = append(keys, e.Name())
+		}
+	}
+	return keys, nil
+}
+
+// RecordPath is where an instance's record is. Each version of it is another file.
+func RecordPath(runDir, key string) string { return dirOf(runDir, key).record() }
+
+// ReadRecord reads an instance's record without its lock: it is as of some
+// moment. The error wraps fs.ErrNotExist when there is none.
+func ReadRecord(runDir, key string) (*Record, error) {
+	i := Instance{dir: dirOf(runDir, key)}
+	if _, err := os.Stat(i.dir.record()); err != nil {
+		return nil, fmt.Errorf("read instance record: %w", err)
+	}
+	if err := i.read(); err != nil {
+		return nil, err
+	}
+	return &i.rec, nil
 }
