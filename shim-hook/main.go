@@ -83,7 +83,7 @@ func run(args []string, in io.Reader, out io.Writer) error {
 	if flags.NArg() == 1 && flags.Arg(0) == probe.Command {
 		return probe.Serve(in, out, func() { os.Exit(0) })
 	}
-	if flags.NArg() == 2 && flags.Arg(0) == probeCommand {
+	if flags.NArg() == 2 && flags.Arg(0) == lookUpCommand {
 		os.Exit(lookUp(flags.Arg(1)))
 	}
 	if flags.NArg() == 2 && flags.Arg(0) == holderCommand {

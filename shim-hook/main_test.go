@@ -17,7 +17,7 @@ import (
 
 // TestMain lets the test program be the probe that ask starts.
 func TestMain(m *testing.M) {
-	if len(os.Args) == 3 && os.Args[1] == probeCommand {
+	if len(os.Args) == 3 && os.Args[1] == lookUpCommand {
 		os.Exit(lookUp(os.Args[2]))
 	}
 	os.Exit(m.Run())

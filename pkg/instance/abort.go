@@ -50,23 +50,17 @@ func abortDaemon(g *Generation) error {
 }
 
 // abandon writes down that a generation is of no use any more.
-func abandon(ctx context.Context, runDir, key string, generation int, cause string) (err error) {
-	i, err := open(ctx, dirOf(runDir, key), openExisting, lockWait)
-	if errors.Is(err, errGone) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("instance %s: %w", key, err)
-	}
-	defer func() { err = errors.Join(err, i.Close()) }()
-	g := i.rec.find(generation)
-	if g == nil {
-		return nil // whoever held the lock has seen it end
-	}
-	g.Failed, g.Kept = true, false
-	i.note("nydusd %d was aborted: %s", g.PID, cause)
-	if i.rec.Current == g {
-		return i.retire()
-	}
-	return i.write()
+func abandon(ctx context.Context, runDir, key string, generation int, cause string) error {
+	return unlessGone(locked(ctx, runDir, key, func(i *Instance) error {
+		g := i.rec.find(generation)
+		if g == nil {
+			return nil // whoever held the lock has seen it end
+		}
+		g.Failed, g.Kept = true, false
+		i.note("nydusd %d was aborted: %s", g.PID, cause)
+		if i.rec.Current == g {
+			return i.retire()
+		}
+		return i.write()
+	}))
 }

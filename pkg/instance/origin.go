@@ -19,7 +19,7 @@ func LogOrigin(runDir, key string) (o logs.Origin, ok bool) {
 	}
 	for _, g := range all {
 		// One that is gone wrote nothing lately.
-		for _, path := range ConfigPaths(runDir, g) {
+		for _, path := range ConfigPaths(runDir, key, g) {
 			if config, err := readFile(path); err == nil {
 				o.Secrets = append(o.Secrets, nydusd.Secrets(string(config))...)
 			}

@@ -124,8 +124,9 @@ func (r *Reconciler) pass(ctx context.Context) time.Duration {
 		return recheck
 	}
 	seen := map[string]time.Time{}
-	for _, key := range poolsLast(r.cfg.RunDir, keys) {
-		wait, err := r.look(ctx, key, x)
+	for _, l := range r.poolsLast(keys) {
+		key := l.key
+		wait, err := r.look(ctx, key, l.rec, x)
 		if err != nil && !errors.Is(err, errLocked) && !errors.Is(err, errEnded) {
 			r.cfg.Log.Error("reconcile instance", "instance", key, "error", err)
 		}
@@ -141,23 +142,34 @@ func (r *Reconciler) pass(ctx context.Context) time.Duration {
 	return max(next, settle)
 }
 
-// poolsLast sorts pools behind the instances that have berths in them: what these
-// give up, a pool is free of in the same pass.
-func poolsLast(runDir string, keys []string) []string {
-	var images, pools []string
+// listed is an instance, and its record as of the pass; nil when it could not be
+// read.
+type listed struct {
+	key string
+	rec *Record
+}
+
+// poolsLast reads the records and sorts pools behind the instances that have berths
+// in them: what these give up, a pool is free of in the same pass.
+func (r *Reconciler) poolsLast(keys []string) []listed {
+	var images, pools []listed
 	for _, key := range keys {
-		if rec, err := ReadRecord(runDir, key); err == nil && rec.shared() {
-			pools = append(pools, key)
-		} else {
-			images = append(images, key)
+		rec, err := ReadRecord(r.cfg.RunDir, key)
+		switch {
+		case err != nil:
+			images = append(images, listed{key, nil}) // whoever locks it says why
+		case rec.shared():
+			pools = append(pools, listed{key, rec})
+		default:
+			images = append(images, listed{key, rec})
 		}
 	}
 	return append(images, pools...)
 }
 
 // look handles one instance and returns when it is to be looked at again.
-func (r *Reconciler) look(ctx context.Context, key string, x *mountIndex) (time.Duration, error) {
-	if wait, ok := r.leave(key, x); ok {
+func (r *Reconciler) look(ctx context.Context, key string, rec *Record, x *mountIndex) (time.Duration, error) {
+	if wait, ok := r.leave(key, rec, x); ok {
 		return wait, nil
 	}
 	i, err := open(ctx, dirOf(r.cfg.RunDir, key), openTry, 0)
@@ -197,9 +209,8 @@ func (r *Reconciler) look(ctx context.Context, key string, x *mountIndex) (time.
 
 // leave tells whether there is nothing to do for the instance, and until when.
 // It takes no lock, so that it keeps no mount waiting.
-func (r *Reconciler) leave(key string, x *mountIndex) (time.Duration, bool) {
-	rec, err := ReadRecord(r.cfg.RunDir, key)
-	if err != nil || rec.Current == nil || !rec.Current.Ready || len(rec.Retired) > 0 {
+func (r *Reconciler) leave(key string, rec *Record, x *mountIndex) (time.Duration, bool) {
+	if rec == nil || rec.Current == nil || !rec.Current.Ready || len(rec.Retired) > 0 {
 		return 0, false
 	}
 	targets, gone, err := users(dirOf(r.cfg.RunDir, key), rec.Current, x)

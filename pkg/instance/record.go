@@ -143,7 +143,8 @@ func (d genDir) socket() string     { return filepath.Join(string(d), "api.sock"
 func (d genDir) supervisor() string { return filepath.Join(string(d), "sup.sock") }
 func (d genDir) config() string     { return filepath.Join(string(d), "config.json") }
 
-// succession is the file whose lock is the right to replace the daemon.
+// succession is the file whose lock is the right to replace the daemon, and whose
+// size counts who was to.
 func (d genDir) succession() string { return filepath.Join(string(d), "succession") }
 
 // diskDir is the instance's directory on disk.

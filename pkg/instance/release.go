@@ -124,9 +124,12 @@ func (i *Instance) wanted(g *Generation) bool {
 	if err != nil || len(targets) > 0 {
 		return true
 	}
-	// Users in other mount namespaces cannot be seen. The kernel's list of FUSE
-	// filesystems tells, unless the number has become that of another one here.
-	return len(x.byDev[g.Dev]) == 0 && rootfs.Connected(g.Dev)
+	if len(x.byDev[g.Dev]) > 0 {
+		return false // the number has become that of another one
+	}
+	// Users in other mount namespaces cannot be seen, their filesystem can.
+	connected, err := rootfs.Connected(g.Dev)
+	return err != nil || connected
 }
 
 // endWait is how long a daemon whose filesystem is gone may take to end. It
@@ -170,6 +173,12 @@ func (i *Instance) finish(g *Generation) (ended bool, err error) {
 	}
 	if p == nil && g.Kept {
 		return false, nil // its successor is on its way
+	}
+	if lock != nil && Begun(*g) > 0 {
+		// One may have been left half way.
+		if err := killOrphans(*g); err != nil {
+			return false, err
+		}
 	}
 	if g.Shared {
 		if err := os.RemoveAll(i.berths(g)); err != nil {

@@ -15,26 +15,46 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 )
 
-// ErrGone says that there is no such instance or generation any more.
-var ErrGone = errGone
+// ErrGone says that there is no such instance or generation any more, ErrLocked that
+// somebody else holds a lock.
+var (
+	ErrGone   = errGone
+	ErrLocked = errLocked
+)
 
 // lockWait is how long Change waits for a mount that is being made.
 const lockWait = time.Minute
 
-// Change runs change on a generation's record under the instance's lock and writes
-// what it made of it. The error wraps ErrGone when there is none.
-func Change(ctx context.Context, runDir, key string, generation int, change func(*Generation)) (err error) {
+// locked does something with an instance that exists, under its lock. The error wraps
+// ErrGone when there is none.
+func locked(ctx context.Context, runDir, key string, do func(*Instance) error) (err error) {
 	i, err := open(ctx, dirOf(runDir, key), openExisting, lockWait)
 	if err != nil {
 		return fmt.Errorf("instance %s: %w", key, err)
 	}
 	defer func() { err = errors.Join(err, i.Close()) }()
-	g := i.rec.find(generation)
-	if g == nil {
-		return fmt.Errorf("instance %s: generation %d: %w", key, generation, ErrGone)
+	return do(i)
+}
+
+// unlessGone is nil for what is gone.
+func unlessGone(err error) error {
+	if errors.Is(err, ErrGone) {
+		return nil
 	}
-	change(g)
-	return i.write()
+	return err
+}
+
+// Change runs change on a generation's record under the instance's lock and writes
+// what it made of it. The error wraps ErrGone when there is none.
+func Change(ctx context.Context, runDir, key string, generation int, change func(*Generation)) error {
+	return locked(ctx, runDir, key, func(i *Instance) error {
+		g := i.rec.find(generation)
+		if g == nil {
+			return fmt.Errorf("instance %s: generation %d: %w", key, generation, ErrGone)
+		}
+		change(g)
+		return i.write()
+	})
 }
 
 // Generations lists what may have a daemon, the current one first.
@@ -70,6 +90,16 @@ type Succession struct {
 // LockSuccession waits for the right to replace a generation's daemon. The error
 // wraps ErrGone when there is no such generation any more.
 func LockSuccession(ctx context.Context, runDir, key string, generation int) (*Succession, error) {
+	return lockSuccession(ctx, runDir, key, generation, openExisting)
+}
+
+// TrySuccession is LockSuccession that does not wait: the error wraps ErrLocked when
+// somebody else has the right.
+func TrySuccession(ctx context.Context, runDir, key string, generation int) (*Succession, error) {
+	return lockSuccession(ctx, runDir, key, generation, openTry)
+}
+
+func lockSuccession(ctx context.Context, runDir, key string, generation int, mode openMode) (*Succession, error) {
 	path := dirOf(runDir, key).gen(generation).succession()
 	f, err := openFile(path, unix.O_RDWR|unix.O_CREAT)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -78,7 +108,7 @@ func LockSuccession(ctx context.Context, runDir, key string, generation int) (*S
 	if err != nil {
 		return nil, fmt.Errorf("replace nydusd: %w", err)
 	}
-	if err := acquire(ctx, f, openExisting, 0); err != nil {
+	if err := acquire(ctx, f, mode, 0); err != nil {
 		return nil, fmt.Errorf("replace nydusd of instance %s: %w", key, err)
 	}
 	s := &Succession{lock: f}
@@ -134,6 +164,10 @@ func (s *Succession) Start(path string) (p *nydusd.Process, socket string, err e
 	if err != nil {
 		return nil, "", err
 	}
+	// Before it is there: whoever finds it left half way looks for it then.
+	if err := count(s.lock); err != nil {
+		return nil, "", err
+	}
 	p, err = nydusd.Start(nydusd.Command{
 		Path: path, Successor: true, Supervisor: g.Supervisor, ID: cgroupOf(key, g).Name, Mountpoint: g.Mountpoint, Socket: socket,
 		Log: log, LogLevel: g.LogLevel, Threads: g.Threads, OOMScoreAdj: g.OOMScoreAdj, Cgroup: cgroupOf(key, g),
@@ -142,6 +176,42 @@ func (s *Succession) Start(path string) (p *nydusd.Process, socket string, err e
 		warn(log, p)
 	}
 	return p, socket, err
+}
+
+// count makes the size of the lock's file one more: it counts the successors that
+// were begun. That takes no space, which may be used up.
+func count(lock *os.File) error {
+	info, err := lock.Stat()
+	if err == nil {
+		err = lock.Truncate(info.Size() + 1)
+	}
+	if err != nil {
+		return fmt.Errorf("count the successors of nydusd: %w", err)
+	}
+	return nil
+}
+
+// Begun counts the successors of a generation's daemon that were begun, those that
+// came to nothing included.
+func Begun(g Generation) int64 { return sizeOf(genDir(filepath.Dir(g.Mountpoint)).succession()) }
+
+// EndOthers ends what serves a generation's mountpoint, or is about to, beside the
+// daemon that the record names: successors that were left half way by somebody who
+// was killed. It returns how many there were.
+func (s *Succession) EndOthers() (ended int, err error) {
+	if Begun(s.Generation) == 0 {
+		return 0, nil
+	}
+	all, err := nydusd.Orphans(filepath.Dir(s.Generation.Mountpoint))
+	errs := []error{err}
+	for _, p := range all {
+		if p.PID != s.Generation.PID || p.StartTime != s.Generation.StartTime {
+			ended++
+			errs = append(errs, p.End())
+		}
+		errs = append(errs, p.Close())
+	}
+	return ended, errors.Join(errs...)
 }
 
 // freshSocket returns a path where there is nothing: a daemon that has died leaves
@@ -155,36 +225,23 @@ func (d genDir) freshSocket(present string) (string, error) {
 	return socket, remove(socket)
 }
 
-// Orphans lists the processes that serve a generation's mountpoint, or are about
-// to: a successor whose starter was killed before it wrote that down among them.
-func Orphans(g Generation) ([]*nydusd.Process, error) {
-	return nydusd.Orphans(filepath.Dir(g.Mountpoint))
-}
-
 // Retire takes a generation out of use: it ends with what is mounted on it, and the
 // next mount starts a new daemon. One that is not the current one is left alone.
-func Retire(ctx context.Context, runDir, key string, generation int) (err error) {
-	i, err := open(ctx, dirOf(runDir, key), openExisting, lockWait)
-	if errors.Is(err, errGone) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("instance %s: %w", key, err)
-	}
-	defer func() { err = errors.Join(err, i.Close()) }()
-	if g := i.rec.Current; g == nil || g.Number != generation {
-		return nil
-	}
-	return i.retire()
+func Retire(ctx context.Context, runDir, key string, generation int) error {
+	return unlessGone(locked(ctx, runDir, key, func(i *Instance) error {
+		if g := i.rec.Current; g == nil || g.Number != generation {
+			return nil
+		}
+		return i.retire()
+	}))
 }
 
 // ConfigPaths lists the configurations, secrets, of what a generation's daemon
 // serves.
-func ConfigPaths(runDir string, g Generation) []string {
+func ConfigPaths(runDir, key string, g Generation) []string {
 	if !g.Shared {
 		return []string{ConfigPath(g)}
 	}
-	pool := dir(filepath.Dir(filepath.Dir(filepath.Dir(g.Mountpoint))))
 	var paths []string
 	for _, p := range g.Passengers {
 		rec, err := ReadRecord(runDir, p.Key)
@@ -192,7 +249,7 @@ func ConfigPaths(runDir string, g Generation) []string {
 			continue // it has been released, or tells others what is wrong
 		}
 		for _, of := range rec.Generations() {
-			if of.in(pool, &g) {
+			if of.in(dirOf(runDir, key), &g) {
 				paths = append(paths, ConfigPath(of))
 			}
 		}
@@ -216,39 +273,41 @@ func Restart(ctx context.Context, runDir, key string, generation int, timeout ti
 
 // restart returns, for a pool that it took out of use, what was on it.
 func restart(ctx context.Context, runDir, key string, generation int, timeout time.Duration) (passengers []place, err error) {
-	i, err := open(ctx, dirOf(runDir, key), openExisting, lockWait)
-	if errors.Is(err, errGone) {
-		return nil, nil
-	}
+	err = locked(ctx, runDir, key, func(i *Instance) error {
+		g := i.rec.Current
+		if g == nil || g.Number != generation || !g.Ready {
+			return nil
+		}
+		if p, err := i.dir.daemon(g); err != nil || p != nil {
+			return errors.Join(err, closeIf(p))
+		}
+		if g.Shared {
+			passengers, err = i.evacuate()
+			return err
+		}
+		return i.renew(ctx, timeout)
+	})
+	return passengers, unlessGone(err)
+}
+
+// renew starts the image's next generation in place of the current one.
+func (i *Instance) renew(ctx context.Context, timeout time.Duration) error {
+	g := *i.rec.Current
+	config, err := os.ReadFile(ConfigPath(g))
 	if err != nil {
-		return nil, fmt.Errorf("instance %s: %w", key, err)
+		return fmt.Errorf("read nydusd's configuration: %w", err)
 	}
-	defer func() { err = errors.Join(err, i.Close()) }()
-	g := i.rec.Current
-	if g == nil || g.Number != generation || !g.Ready {
-		return nil, nil
-	}
-	if p, err := i.dir.daemon(g); err != nil || p != nil {
-		return nil, errors.Join(err, closeIf(p))
-	}
-	if g.Shared {
-		return i.evacuate()
-	}
-	config, err := os.ReadFile(genDir(filepath.Dir(g.Mountpoint)).config())
-	if err != nil {
-		return nil, fmt.Errorf("read nydusd's configuration: %w", err)
-	}
-	s := i.rec.spec(*g, runDir, string(config), timeout)
+	s := i.rec.spec(g, i.dir.runDir(), string(config), timeout)
 	if err := i.retire(); err != nil {
-		return nil, err
+		return err
 	}
 	if err := i.sweep(); err != nil {
 		i.note("clean up: %v", err)
 	}
 	if err := i.start(ctx, s); err != nil {
-		return nil, fmt.Errorf("image %s (instance %s): %w", s.Image, key, err)
+		return fmt.Errorf("image %s (instance %s): %w", s.Image, i.rec.Key, err)
 	}
-	return nil, nil
+	return nil
 }
 
 func closeIf(p *nydusd.Process) error {

@@ -109,15 +109,6 @@ func Orphans(dir string) ([]*Process, error) {
 	return found, nil
 }
 
-// A process whose memory is on a filesystem that hangs, as that of a container whose
-// nydusd does, keeps whoever looks at it waiting; a daemon does not. scanWait is how
-// long all may take together to be looked at, leastWait what each may take when that
-// is over.
-const (
-	scanWait  = 2 * time.Second
-	leastWait = 20 * time.Millisecond
-)
-
 // lookAt returns the process if it is a daemon whose mountpoint lies beneath dir, and
 // nil for one that keeps us waiting, which it does with one thread of ours.
 func lookAt(pid int, dir string, wait time.Duration) (*Process, error) {
@@ -195,3 +186,12 @@ func serves(pid int, dir string) bool {
 	}
 	return false
 }
+
+// A process whose memory is on a filesystem that hangs, as that of a container whose
+// nydusd does, keeps whoever looks at it waiting; a daemon does not. scanWait is how
+// long all may take together to be looked at, leastWait what each may take when that
+// is over.
+const (
+	scanWait  = 2 * time.Second
+	leastWait = 20 * time.Millisecond
+)

@@ -73,6 +73,19 @@ func (p *Process) Abandon() error {
 	return nil
 }
 
+// End ends a daemon that has mounted nothing, and waits until it is gone. The
+// Process stays the caller's.
+func (p *Process) End() error {
+	if err := p.Abandon(); err != nil {
+		return err
+	}
+	defer p.Exit() // we may be its parent
+	if !p.Wait(time.Now().Add(killWait)) {
+		return fmt.Errorf("end nydusd %d: it is killed, and still there after %s", p.PID, killWait)
+	}
+	return nil
+}
+
 // Wait waits for the process to end, until deadline (zero: for ever), and tells
 // whether it has.
 func (p *Process) Wait(deadline time.Time) bool { return p.wait(deadline, -1) }
@@ -299,7 +312,7 @@ func (p *Process) exitStatus() (unix.WaitStatus, bool) {
 	if errno != 0 || info.mask&pidfdInfoExit == 0 {
 		return 0, false
 	}
-	return unix.WaitStatus(info.exit), true //nolint:gosec // the same bits
+	return unix.WaitStatus(info.exit), true
 }
 
 // Close releases the pidfd.

@@ -357,8 +357,12 @@ func TestOrphans(t *testing.T) {
 	fifo := filepath.Join(t.TempDir(), "fifo")
 	must(t, unix.Mkfifo(fifo, 0o600))
 	// Waits without a child, which would have the same argument list, and without
-	// executing another program, which would not.
-	wait := fmt.Sprintf("read -r x <> %q", fifo)
+	// executing another program, which would not; and no longer than this test has
+	// the other end open, also when it is killed.
+	open, err := os.OpenFile(fifo, os.O_RDWR, 0)
+	must(t, err)
+	defer open.Close()
+	wait := fmt.Sprintf("read -r x < %q", fifo)
 	mine, _ := startScript(t, Command{Mountpoint: dir + "/g1/mnt"}, wait)
 	startScript(t, Command{Mountpoint: dir + "2/g1/mnt"}, wait)
 	startScript(t, Command{Config: dir + "/g1/mnt", Mountpoint: "/elsewhere"}, wait)

@@ -40,6 +40,8 @@ type follower struct {
 	// kept.
 	latest   atomic.Int64
 	revision int64
+	// begun is how many successors had been begun when none was left half way.
+	begun int64
 	// ooms is how many were killed at their memory limit before the present one,
 	// starved how many of the last ones in a row, none of which has lived for long.
 	ooms, starved int
@@ -148,13 +150,14 @@ func (f *follower) attend(ctx context.Context, p *nydusd.Process) bool {
 	}
 }
 
-// lookEvery is how often it is looked whether a daemon is broken: what it writes
-// makes no event that would be cheaper.
+// lookEvery is how often a daemon is looked at: neither what it writes nor what others
+// leave makes an event that would be cheaper.
 const lookEvery = 5 * time.Second
 
-// look looks whether the daemon serves errors although it says that it runs, and
-// replaces one that does once another would do better.
+// look tidies up, and looks whether the daemon serves errors although it says that it
+// runs: one that does is replaced once another would do better.
 func (f *follower) look(ctx context.Context) {
+	f.tidy(ctx)
 	fault, err := f.health.Broken()
 	if err != nil {
 		f.log.Warn("look whether nydusd is broken", "error", err)
@@ -183,7 +186,7 @@ func (f *follower) look(ctx context.Context) {
 
 // answered tells whether one of the backends answers that may have the blobs.
 func (f *follower) answered(ctx context.Context, fault *health.Fault) bool {
-	for _, config := range instance.ConfigPaths(f.r.cfg.RunDir, f.g) {
+	for _, config := range instance.ConfigPaths(f.r.cfg.RunDir, f.rec.Key, f.g) {
 		if health.Answers(ctx, config, fault.Blobs) == nil {
 			return true
 		}
@@ -279,10 +282,12 @@ func (f *follower) ended(ctx context.Context, how string) (further bool) {
 	}
 	f.starve(cause != "unknown", started)
 	f.log.Warn("nydusd has died", "event", "death", "pid", f.g.PID, "exit", how, "cause", cause, "kept", f.kept() != nil)
-	if err := f.endOrphans(); err != nil {
-		f.log.Error("end a successor that was left half way", "error", err)
-		wait(ctx, again)
-		return true
+	if f.kept() != nil {
+		if err := f.endOthers(s); err != nil {
+			f.log.Error("end a successor that was left half way", "error", err)
+			wait(ctx, again)
+			return true
+		}
 	}
 	return f.recover(ctx, s, started)
 }
@@ -300,19 +305,36 @@ func (f *follower) starve(oom bool, now time.Time) {
 	}
 }
 
-// endOrphans ends successors whose starter was killed before it wrote them down.
+// endOthers ends successors whose starter was killed before it wrote them down.
 // Whether one serves cannot be told. Two must not, and with what is kept nothing is
 // lost: the next one goes on where it stopped.
-func (f *follower) endOrphans() error {
-	if f.kept() == nil {
-		return nil
-	}
-	orphans, err := instance.Orphans(f.g)
-	for _, o := range orphans {
-		f.log.Warn("end a successor that was left half way", "pid", o.PID)
-		err = errors.Join(err, end(o))
+func (f *follower) endOthers(s *instance.Succession) error {
+	n, err := s.EndOthers()
+	if n > 0 {
+		f.log.Warn("ended a successor that was left half way", "successors", n)
 	}
 	return err
+}
+
+// tidy ends successors that were begun and came to nothing, while the daemon serves.
+func (f *follower) tidy(ctx context.Context) {
+	begun := instance.Begun(f.g)
+	if begun == f.begun {
+		return
+	}
+	s, err := instance.TrySuccession(ctx, f.r.cfg.RunDir, f.rec.Key, f.g.Number)
+	if err != nil {
+		return // at the next look: somebody is at it
+	}
+	defer s.Close()
+	if s.Generation.PID != f.g.PID {
+		return // its end is noticed next
+	}
+	if err := f.endOthers(s); err != nil {
+		f.log.Error("end a successor that was left half way", "error", err)
+		return
+	}
+	f.begun = begun
 }
 
 func (f *follower) kept() *custody.Custody {
@@ -468,7 +490,16 @@ func (f *follower) succeed(ctx context.Context, s *instance.Succession, c *custo
 	if err != nil {
 		return err
 	}
-	return n.take(ctx, c, func(change func(*instance.Generation)) { f.change(ctx, change) })
+	record, err := n.take(ctx, c)
+	if err != nil {
+		return err
+	}
+	// It serves, also when that cannot be written down.
+	f.change(ctx, func(g *instance.Generation) {
+		record(g)
+		g.Kept = true
+	})
+	return nil
 }
 
 // giveUp ends a crash loop.

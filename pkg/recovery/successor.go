@@ -42,19 +42,17 @@ func (n *successor) bounded(ctx context.Context) (context.Context, context.Cance
 }
 
 // take makes it go on where its predecessor, which must have ended, has stopped, and
-// writes that down with change. After an error it is gone.
-func (n *successor) take(ctx context.Context, c *custody.Custody, change func(func(*instance.Generation))) error {
-	bounded, cancel := n.bounded(ctx)
+// returns what is to be written down of it. After an error it is gone.
+func (n *successor) take(ctx context.Context, c *custody.Custody) (record func(*instance.Generation), err error) {
+	ctx, cancel := n.bounded(ctx)
 	defer cancel()
-	if err := n.handOver(bounded, c); err != nil {
-		return errors.Join(err, end(n.p))
+	if err := n.handOver(ctx, c); err != nil {
+		return nil, errors.Join(err, end(n.p))
 	}
-	change(func(g *instance.Generation) {
-		g.PID, g.StartTime, g.Socket, g.Nydusd, g.Kept = n.p.PID, n.p.StartTime, n.socket, n.path, true
+	return func(g *instance.Generation) {
+		g.PID, g.StartTime, g.Socket, g.Nydusd, g.Unmet = n.p.PID, n.p.StartTime, n.socket, n.path, n.p.Unmet
 		g.Restarts++
-		g.Unmet = n.p.Unmet
-	})
-	return n.p.Close()
+	}, n.p.Close()
 }
 
 func (n *successor) handOver(ctx context.Context, c *custody.Custody) error {
@@ -95,15 +93,5 @@ func awaitSocket(ctx context.Context, p *nydusd.Process, socket string) error {
 	}
 }
 
-// endWait bounds how long a process may take to end that was killed.
-const endWait = 5 * time.Second
-
-// end ends a successor that came to nothing. It has mounted nothing.
-func end(p *nydusd.Process) error {
-	err := p.Abandon()
-	if !p.Wait(time.Now().Add(endWait)) && err == nil {
-		err = fmt.Errorf("end nydusd %d: it is killed, and still there after %s", p.PID, endWait)
-	}
-	p.Exit() // its parent learns it
-	return errors.Join(err, p.Close())
-}
+// end ends a successor that came to nothing.
+func end(p *nydusd.Process) error { return errors.Join(p.End(), p.Close()) }

@@ -52,6 +52,9 @@ func (u Upgrade) Run(ctx context.Context, key string, generation int) (*Upgraded
 		return nil, fmt.Errorf("instance %s: %w", key, err)
 	}
 	defer old.Close()
+	if _, err := s.EndOthers(); err != nil {
+		return nil, fmt.Errorf("instance %s: end a successor that was left half way: %w", key, err)
+	}
 	done, err := u.replace(ctx, s, old)
 	if err != nil {
 		return nil, fmt.Errorf("instance %s: replace nydusd %d: %w", key, g.PID, err)
@@ -82,11 +85,15 @@ func (u Upgrade) replace(ctx context.Context, s *instance.Succession, old *nydus
 		return nil, errors.Join(fmt.Errorf("%w; it serves on", err), end(n.p))
 	}
 	after := n.p.PID
-	change := u.recorder(ctx, s)
-	if err := n.take(ctx, c, change.write); err != nil {
+	record, err := n.take(ctx, c)
+	if err != nil {
 		return nil, u.goBack(ctx, s, c, err)
 	}
-	return &Upgraded{Before: g.PID, After: after, Stall: time.Since(stopped)}, change.err
+	return &Upgraded{Before: g.PID, After: after, Stall: time.Since(stopped)}, u.write(ctx, s, record)
+}
+
+func (u Upgrade) write(ctx context.Context, s *instance.Succession, record func(*instance.Generation)) error {
+	return instance.Change(ctx, u.RunDir, s.Record.Key, s.Generation.Number, record)
 }
 
 func (u Upgrade) path(g instance.Generation) string {
@@ -98,51 +105,30 @@ func (u Upgrade) path(g instance.Generation) string {
 
 // leave makes the old daemon end and leave its filesystem to another.
 func leave(ctx context.Context, api *client.Client, old *nydusd.Process, timeout time.Duration) error {
-	defer old.Exit() // we may be its parent
 	err := api.Exit(ctx)
 	if old.Wait(time.Now().Add(timeout)) {
+		old.Exit() // we may be its parent
 		return nil // it may have ended before it answered
 	}
 	if err != nil {
 		return err
 	}
 	// It has agreed to end, so nobody may count on it any more.
-	if err := old.Abandon(); err != nil {
-		return err
-	}
-	if !old.Wait(time.Now().Add(endWait)) {
-		return fmt.Errorf("it has not ended within %s of being told to, nor when killed", timeout+endWait)
-	}
-	return nil
+	return old.End()
 }
 
 // goBack lets the old executable go on where a new one has failed.
 func (u Upgrade) goBack(ctx context.Context, s *instance.Succession, c *custody.Custody, cause error) error {
-	change := u.recorder(ctx, s)
 	n, err := begin(ctx, s, s.Generation.Nydusd, u.StartTimeout)
+	var record func(*instance.Generation)
 	if err == nil {
-		err = n.take(ctx, c, change.write)
+		record, err = n.take(ctx, c)
 	}
-	if err = errors.Join(err, change.err); err != nil {
+	if err == nil {
+		err = u.write(ctx, s, record)
+	}
+	if err != nil {
 		return errors.Join(cause, fmt.Errorf("go back to %s: %w; the snapshotter's recovery goes on, its users wait for it", s.Generation.Nydusd, err))
 	}
 	return fmt.Errorf("%w; went back to %s, which serves", cause, s.Generation.Nydusd)
-}
-
-// recorder writes a record and remembers whether that failed.
-type recorder struct {
-	err   error
-	write func(func(*instance.Generation))
-}
-
-func (u Upgrade) recorder(ctx context.Context, s *instance.Succession) *recorder {
-	r := &recorder{}
-	r.write = func(change func(*instance.Generation)) {
-		kept := s.Generation.Kept // by whoever keeps, which is not us
-		r.err = instance.Change(ctx, u.RunDir, s.Record.Key, s.Generation.Number, func(g *instance.Generation) {
-			change(g)
-			g.Kept = kept
-		})
-	}
-	return r
 }

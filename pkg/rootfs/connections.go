@@ -107,6 +107,21 @@ func connection(dev string) (string, error) {
 	return strconv.FormatUint(uint64(major)<<minorBits|uint64(minor), 10), nil
 }
 
+// Connected tells whether there is a FUSE filesystem with that device number,
+// mounted in whatever mount namespace, or nowhere any more.
+func Connected(dev string) (bool, error) {
+	c, err := OpenConnections()
+	if err != nil {
+		return false, err
+	}
+	defer unix.Close(c.fd)
+	_, err = c.Waiting(dev)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // AbortConnection is Connections.Abort for one filesystem.
 func AbortConnection(dev string) error {
 	c, err := OpenConnections()

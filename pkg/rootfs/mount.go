@@ -222,18 +222,3 @@ func detach(path string, flags int) (bool, error) {
 	}
 	return false, fmt.Errorf("unmount: %w", &os.PathError{Op: "umount2", Path: path, Err: err})
 }
-
-// fuseConnections is where the kernel lists FUSE filesystems (fusectl).
-const fuseConnections = "/sys/fs/fuse/connections"
-
-// Connected tells whether a FUSE filesystem with a device number, "major:minor", is
-// known to exist, in whatever mount namespace it is mounted: fusectl names each by
-// its minor number. Where fusectl is not mounted, nothing is known.
-func Connected(dev string) bool {
-	_, minor, ok := strings.Cut(dev, ":")
-	if !ok || minor == "" {
-		return false
-	}
-	_, err := os.Lstat(filepath.Join(fuseConnections, minor))
-	return err == nil
-}

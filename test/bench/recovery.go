@@ -311,15 +311,7 @@ type crowd struct {
 
 // readIn starts readers of the files below dir.
 func readIn(dir string, n int) (*crowd, error) {
-	want := map[string][]byte{}
-	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || !d.Type().IsRegular() || len(want) >= 500 {
-			return err
-		}
-		text, err := os.ReadFile(path)
-		want[path] = text
-		return err
-	})
+	want, err := kit.Contents(dir, 500)
 	if err != nil {
 		return nil, err
 	}
@@ -342,25 +334,9 @@ func (c *crowd) read(want map[string][]byte) {
 			case <-pause.C:
 			}
 			began := time.Now()
-			c.note(began, compare(path, text))
+			c.note(began, kit.ReadPast(path, text))
 		}
 	}
-}
-
-func compare(path string, want []byte) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
-		return err
-	}
-	got := make([]byte, len(want)+1)
-	if n, err := f.ReadAt(got, 0); n != len(want) || !bytes.Equal(got[:n], want) {
-		return errors.Join(fmt.Errorf("%s: %d bytes of %d, or others", path, n, len(want)), err)
-	}
-	return nil
 }
 
 func (c *crowd) note(began time.Time, err error) {

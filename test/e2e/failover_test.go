@@ -51,15 +51,7 @@ func keeps(pid int) bool {
 // eventually waits for what makes no event.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
-	deadline := time.Now().Add(time.Minute)
-	for !ok() {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within a minute: %s", what)
-		}
-		<-tick.C
-	}
+	kit.Eventually(t, what, time.Minute, ok)
 }
 
 // listed is a line of `nydus-snapshotter ps --format json`.
@@ -159,6 +151,45 @@ func TestContainersOutliveDaemons(t *testing.T) {
 		}
 		equal("an upgrade")
 		remove(t, c)
+		wantDaemons(t, n, 0, soon)
+	})
+}
+
+// What lies on a daemon that cannot be succeeded fails, and can be deleted; what
+// comes works at once.
+func TestDaemonThatCannotBeSucceeded(t *testing.T) {
+	if succeeds(t) {
+		return // TestContainersOutliveDaemons
+	}
+	r := kit.NewRegistry(t, kit.RegistryOptions{})
+	ref, want := smallNydus(t, r, "restart")
+	eachStyle(t, func(t *testing.T, s style) {
+		n := s.node(t, kit.NodeConfig{Config: linger("500ms")})
+		img := pull(t, n, ref)
+		c := run(t, n, img, "one", kit.RunOptions{})
+		eventually(t, "it is known that nydusd cannot be succeeded", func() bool {
+			log, err := os.ReadFile(n.SnapshotterLog())
+			return err == nil && strings.Contains(string(log), "cannot hand a filesystem over")
+		})
+		before := ps(t, n)[0]
+		if err := unix.Kill(before.PID, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "another nydusd", func() bool {
+			now := ps(t, n)
+			return len(now) > 0 && now[0].PID != before.PID && now[0].State != "starting"
+		})
+		if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.ReadDir(c.Root()); !errors.Is(err, unix.ENOTCONN) {
+			t.Errorf("what lies on the dead one says %v, want ENOTCONN", err)
+		}
+		again := run(t, n, img, "two", kit.RunOptions{})
+		kit.EqualTrees(t, "the new container", want, kit.MustWalk(t, again.Root()))
+		daemonsNow(t, n, 1)
+		remove(t, c)
+		remove(t, again)
 		wantDaemons(t, n, 0, soon)
 	})
 }

@@ -234,7 +234,7 @@ func (e *env) readSlowly(target string) *readers {
 				return
 			case <-tick.C:
 			}
-			r.fault = readPast(path, want)
+			r.fault = kit.ReadPast(path, want)
 			r.reads.Add(1)
 		}
 	})

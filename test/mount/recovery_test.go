@@ -1,7 +1,6 @@
 package mount_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -20,6 +19,7 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
 	"github.com/nydusfs/nydus-snapshotter/pkg/recovery"
+	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
 
 // recoverer is a running recovery, as in the snapshotter.
@@ -98,15 +98,7 @@ func (e *env) spare(_ context.Context, start bool) (recovery.Spare, error) {
 // within waits until what says so; nothing tells when a record changes.
 func within(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	tick := time.NewTicker(2 * time.Millisecond)
-	defer tick.Stop()
-	deadline := time.Now().Add(soon)
-	for !ok() {
-		if time.Now().After(deadline) {
-			t.Fatalf("not within %v: %s", soon, what)
-		}
-		<-tick.C
-	}
+	kit.Eventually(t, what, soon, ok)
 }
 
 // current is the generation in use, or a zero one.
@@ -132,18 +124,8 @@ type readers struct {
 
 func (e *env) read(target string, n int) *readers {
 	e.t.Helper()
-	want := map[string][]byte{}
-	must(e.t, filepath.WalkDir(target, func(path string, d os.DirEntry, err error) error {
-		if err != nil || !d.Type().IsRegular() {
-			return err
-		}
-		text, err := os.ReadFile(path)
-		want[path] = text
-		return err
-	}))
-	if len(want) == 0 {
-		e.t.Fatal("the image has no files")
-	}
+	want, err := kit.Contents(target, 10_000)
+	must(e.t, err)
 	r := &readers{stop: make(chan struct{})}
 	for range n {
 		r.all.Go(func() {
@@ -154,7 +136,7 @@ func (e *env) read(target string, n int) *readers {
 						return
 					default:
 					}
-					if err := readPast(path, text); err != nil {
+					if err := kit.ReadPast(path, text); err != nil {
 						r.mu.Lock()
 						r.fault = errors.Join(r.fault, err)
 						r.mu.Unlock()
@@ -166,23 +148,6 @@ func (e *env) read(target string, n int) *readers {
 		})
 	}
 	return r
-}
-
-func readPast(path string, want []byte) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
-		return err
-	}
-	got := make([]byte, len(want)+1)
-	n, err := f.ReadAt(got, 0)
-	if n != len(want) || !bytes.Equal(got[:n], want) {
-		return errors.Join(fmt.Errorf("%s: read %d bytes of %d, or others", path, n, len(want)), err)
-	}
-	return nil
 }
 
 func (r *readers) end(t *testing.T) {
@@ -244,6 +209,8 @@ func TestFailover(t *testing.T) {
 		t.Errorf("%d restarts of generation %d, want %d of the first", g.Restarts, g.Number, kills)
 	}
 	e.daemons(1)
+	// The record comes before the line.
+	within(t, "all successors are logged", func() bool { return strings.Count(r.log.String(), "nydusd was succeeded") >= kills })
 	if text := r.log.String(); strings.Count(text, "nydusd has died") != kills || strings.Count(text, "nydusd was succeeded") != kills {
 		t.Errorf("the log has not %d deaths and successors:\n%s", kills, text)
 	}

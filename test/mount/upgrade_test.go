@@ -2,16 +2,21 @@ package mount_test
 
 import (
 	"errors"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
 	"github.com/nydusfs/nydus-snapshotter/pkg/recovery"
+	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
 
 func (e *env) upgrade(path string) (*recovery.Upgraded, error) {
@@ -98,6 +103,127 @@ func TestUpgradeThatFails(t *testing.T) {
 	e.unmount(target)
 	must(t, e.tidy(soon))
 }
+
+// The upgrade is killed at any moment: who reads notices nothing, and one daemon is
+// left.
+func TestUpgradeKilledAtAnyMoment(t *testing.T) {
+	e := newEnv(t)
+	if !e.succeeds() {
+		return // see TestUpgrade
+	}
+	random := seed(t)
+	program := filepath.Join(kit.Binaries(t, "nydus-snapshotter"), "nydus-snapshotter")
+	upgrade := func() *exec.Cmd {
+		return e.command(t.Context(), program, "daemon", "upgrade", "--run-dir", runDir, "--all", "--nydusd", e.tools.Nydusd)
+	}
+	r := e.recover(recovery.PolicyFailover, true)
+	target := e.mustMount(e.spec(odd(t)))
+	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+	readers := e.read(target, 4)
+	started := time.Now()
+	if out, err := upgrade().CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	whole := time.Since(started)
+	const kills = 5 // more at once are a crash loop
+	for range kills {
+		cmd := upgrade()
+		must(t, cmd.Start())
+		<-time.After(time.Duration(random.Int64N(int64(whole))))
+		_ = cmd.Process.Kill() // it may be done
+		_ = cmd.Wait()
+		within(t, "one daemon serves, and is written down", func() bool {
+			p, err := nydusd.Find(e.current().PID, e.current().StartTime)
+			if err != nil || p == nil {
+				return false
+			}
+			defer p.Close()
+			connected, err := p.Connected()
+			list, lerr := kit.DaemonProcesses()
+			return err == nil && lerr == nil && connected && len(list) == 1
+		})
+	}
+	readers.end(t)
+	if text := r.log.String(); strings.Contains(text, "given up") {
+		t.Errorf("it was given up:\n%s", text)
+	}
+	e.unmount(target)
+	must(t, e.tidy(soon))
+	r.stop()
+	e.holderEnds()
+}
+
+// A successor that was left half way goes with its instance, also when no snapshotter
+// runs.
+func TestHalfSuccessorGoesWithItsInstance(t *testing.T) {
+	e := newEnv(t)
+	if !e.succeeds() {
+		return
+	}
+	img := small(t, "one")
+	target := e.mustMount(e.spec(img))
+	e.half(e.current())
+	e.daemons(2)
+	e.holds(img, target)
+	e.unmount(target)
+	must(t, e.tidy(soon))
+	e.daemons(0)
+}
+
+// With a run directory that is full nothing can be written down: what is mounted
+// goes on all the same, what is not fails with a clear word and leaves nothing.
+func TestFullRunDirectory(t *testing.T) {
+	e := newEnv(t)
+	able := e.succeeds()
+	r := e.recover(recovery.PolicyFailover, true)
+	img := small(t, "one")
+	s := e.spec(img)
+	target := e.mustMount(s)
+	var readers *readers
+	if able {
+		within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+		readers = e.read(target, 2)
+	}
+	filler := filepath.Join(runDir, "filler")
+	full, err := os.Create(filler)
+	must(t, err)
+	t.Cleanup(func() { os.Remove(filler) })
+	if _, err := io.Copy(full, zeros{}); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("fill the run directory: %v", err)
+	}
+	must(t, full.Close())
+	if able {
+		e.kill(e.current().PID)
+		within(t, "a successor", func() bool { return strings.Contains(r.log.String(), "nydusd was succeeded") })
+		readers.end(t)
+	}
+	other := e.spec(small(t, "two"))
+	if got := e.mount(other, e.target()); got.code == 0 || !strings.Contains(got.out, "no space left") {
+		t.Errorf("a mount with a full run directory: exit status %d: %s", got.code, got.out)
+	}
+	must(t, os.Remove(filler))
+	e.holds(img, target)
+	// And what could not be written down is found again.
+	second := e.mustMount(other)
+	again := e.mustMount(e.another(s))
+	e.holds(img, again)
+	if able {
+		e.holds(img, target)
+	}
+	for _, m := range []string{target, second, again} {
+		e.unmount(m)
+	}
+	must(t, e.tidy(soon))
+	r.stop()
+	if able {
+		e.holderEnds()
+	}
+}
+
+// zeros never ends.
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
 // What mount(8) has mounted was released at once, and has no mountpoint in the run
 // directory any more.

@@ -49,18 +49,6 @@ func (*Custody) GoString() string { return "[custody]" }
 // Close lets the descriptor go.
 func (c *Custody) Close() error { return unix.Close(c.fuse) }
 
-// FD is the descriptor, which stays the Custody's.
-func (c *Custody) FD() int { return c.fuse }
-
-// Copy returns a second Custody of the same filesystem.
-func (c *Custody) Copy() (*Custody, error) {
-	fd, err := unix.FcntlInt(uintptr(c.fuse), unix.F_DUPFD_CLOEXEC, 3)
-	if err != nil {
-		return nil, fmt.Errorf("copy FUSE descriptor: %w", err)
-	}
-	return New(c.State, fd), nil
-}
-
 // Alive tells whether the filesystem still exists. While nothing but the
 // Custody has the descriptor, its users wait.
 func (c *Custody) Alive() bool {

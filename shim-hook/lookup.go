@@ -14,8 +14,8 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 )
 
-// probeCommand makes this program ask a filesystem, see ask.
-const probeCommand = "look-up"
+// lookUpCommand makes this program ask a filesystem, see ask.
+const lookUpCommand = "look-up"
 
 // ask makes the image beneath rootfs answer, in a child process: a daemon that
 // hangs would keep the asking thread for ever.
@@ -26,7 +26,7 @@ func ask(ctx context.Context, rootfs string) error {
 	}
 	defer null.Close()
 	// Not os/exec: it would wait for a child that cannot be killed.
-	child, err := os.StartProcess("/proc/self/exe", []string{"nydus-shim-hook", probeCommand, rootfs},
+	child, err := os.StartProcess("/proc/self/exe", []string{"nydus-shim-hook", lookUpCommand, rootfs},
 		&os.ProcAttr{Files: []*os.File{null, null, null}, Env: []string{}})
 	if err != nil {
 		return fmt.Errorf("start the probe: %w", err)
