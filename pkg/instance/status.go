@@ -53,6 +53,8 @@ type Status struct {
 	Started time.Time `json:"started"`
 	// Restarts is how many daemons have succeeded it.
 	Restarts int `json:"restarts"`
+	// Kept says that a successor can go on where its daemon stops when that dies.
+	Kept bool `json:"kept"`
 	// Pool is the instance of the daemon that the image shares with others, and of
 	// that daemon itself; empty for a daemon of the image's own.
 	Pool string `json:"pool,omitempty"`
@@ -144,7 +146,7 @@ func (r *Record) status(d dir, g *Generation, x *mountIndex) (Status, error) {
 	if of == nil {
 		of = &Generation{Nydusd: g.Nydusd} // its pool is gone
 	}
-	s.PID, s.Socket, s.Restarts, s.Nydusd = of.PID, of.Socket, of.Restarts, of.Nydusd
+	s.PID, s.Socket, s.Restarts, s.Nydusd, s.Kept = of.PID, of.Socket, of.Restarts, of.Nydusd, of.Kept
 	p, err := nydusd.Find(of.PID, of.StartTime)
 	if err != nil {
 		return s, err

@@ -47,6 +47,12 @@ type result struct {
 		Daemons   int     `json:"daemons"`
 	} `json:"second_container"`
 
+	// Succeeded is right after nydusd was killed; PID is its successor.
+	Succeeded struct {
+		PID int `json:"pid"`
+		reading
+	} `json:"read_after_nydusd_was_killed"`
+
 	// Read is with everything up, Orphaned with the snapshotter killed.
 	Read     reading `json:"read"`
 	Orphaned reading `json:"read_without_snapshotter"`

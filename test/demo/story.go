@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -51,6 +52,7 @@ var steps = []step{
 	{"starting a container", (*demo).start},
 	{"starting a second container", (*demo).share},
 	{"reading files", (*demo).read},
+	{"killing nydusd and reading on", (*demo).succeed},
 	{"killing the snapshotter and reading on", (*demo).orphan},
 	{"stopping the containers", (*demo).stop},
 	{"removing everything", (*demo).remove},
@@ -249,6 +251,59 @@ func (d *demo) read(ctx context.Context) (err error) {
 		r.Files, show.Bytes(r.Bytes), show.Duration(time.Duration(r.Seconds)))
 	d.more("Fetched for it, neighbouring chunks included: %s.", show.Bytes(r.FetchedBytes))
 	return nil
+}
+
+// succeed kills nydusd. Who reads waits for its successor.
+func (d *demo) succeed(ctx context.Context) (err error) {
+	if err := d.kept(ctx); err != nil {
+		return err
+	}
+	if err := syscall.Kill(d.daemon.PID, syscall.SIGKILL); err != nil {
+		return fmt.Errorf("kill nydusd %d: %w", d.daemon.PID, err)
+	}
+	// Whoever read first reads something new at once.
+	half := len(d.after) / 2
+	s := &d.result.Succeeded
+	if s.reading, err = d.sampleIn(ctx, d.first, d.after[:half]); err != nil {
+		return fmt.Errorf("after nydusd was killed: %w", err)
+	}
+	d.after = d.after[half:]
+	dead := d.daemon.PID
+	if d.daemon, err = oneDaemon(d.node); err != nil {
+		return err
+	}
+	if s.PID = d.daemon.PID; s.PID == dead {
+		return fmt.Errorf("nydusd %d runs, which was killed", dead)
+	}
+	d.say("Killed nydusd %d (SIGKILL). The containers go on: nydusd %d has its place;", dead, s.PID)
+	d.more("read %d other files, %s, in %s, all as in the source.", s.Files, show.Bytes(s.Bytes), show.Duration(time.Duration(s.Seconds)))
+	return nil
+}
+
+// kept waits until the snapshotter has what a successor needs: nothing tells.
+func (d *demo) kept(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		out, err := d.node.Command(ctx, "nydus-snapshotter", "ps", "--config", d.node.SnapshotterConfig(), "--format", "json").Output()
+		if err != nil {
+			return fmt.Errorf("nydus-snapshotter ps: %w", err)
+		}
+		var list []struct{ Kept bool }
+		if err := json.Unmarshal(out, &list); err != nil {
+			return fmt.Errorf("nydus-snapshotter ps: %w", err)
+		}
+		if len(list) == 1 && list[0].Kept {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("wait until nydusd can be succeeded: %w", context.Cause(ctx))
+		}
+	}
 }
 
 // orphan kills the snapshotter. Nothing that runs may notice.

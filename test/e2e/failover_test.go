@@ -58,6 +58,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 type listed struct {
 	Instance, State string
 	PID, Restarts   int
+	Kept            bool
 }
 
 func ps(t *testing.T, n *kit.Node) []listed {
@@ -73,17 +74,12 @@ func ps(t *testing.T, n *kit.Node) []listed {
 	return list
 }
 
-// kept waits until a daemon can be succeeded.
+// kept waits until the one nydusd there is can be succeeded.
 func kept(t *testing.T, n *kit.Node) {
 	t.Helper()
 	eventually(t, "what a successor needs is kept", func() bool {
-		records, _ := filepath.Glob(filepath.Join(n.RunDir(), "i", "*", "record.json"))
-		for _, path := range records {
-			if text, err := os.ReadFile(path); err == nil && strings.Contains(string(text), `"kept":true`) {
-				return true
-			}
-		}
-		return false
+		now := ps(t, n)
+		return len(now) == 1 && now[0].Kept
 	})
 }
 
