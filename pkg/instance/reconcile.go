@@ -113,7 +113,7 @@ func (r *Reconciler) pass(ctx context.Context) time.Duration {
 		r.cfg.Log.Error("list instances", "error", err)
 		return recheck
 	}
-	r.removeGone()
+	r.finishRemovals()
 	if len(keys) == 0 {
 		clear(r.idle)
 		return next
@@ -342,11 +342,11 @@ func (r *Reconciler) await(ctx context.Context, retired []Generation) (ended err
 // nothing tells when that changes.
 var errEnded = errors.New("daemon has just ended, or is being replaced")
 
-// removeGone finishes removals that were interrupted.
-func (r *Reconciler) removeGone() {
+// finishRemovals finishes those that were interrupted.
+func (r *Reconciler) finishRemovals() {
 	gone, _ := filepath.Glob(filepath.Join(instancesDir(r.cfg.RunDir), ".gone-*"))
 	for _, path := range gone {
-		if err := os.RemoveAll(path); err != nil {
+		if err := removeGone(path); err != nil {
 			r.cfg.Log.Error("remove what is left of an instance", "path", path, "error", err)
 		}
 	}

@@ -277,10 +277,23 @@ func (i *Instance) removeIfEmpty(onDisk func() error) (bool, error) {
 	if err := os.Rename(string(i.dir), gone); err != nil {
 		return false, fmt.Errorf("remove instance: %w", err)
 	}
-	if err := os.RemoveAll(gone); err != nil {
+	if err := removeGone(gone); err != nil {
 		return true, fmt.Errorf("remove instance: %w", err)
 	}
 	return true, nil
+}
+
+// removeGone removes a directory that was renamed. Whoever had resolved its name
+// before, to open the instance, makes one more file in it, and then sees that it is
+// gone: each can get in the way once.
+func removeGone(path string) error {
+	const openers = 100 // more at one moment is something else
+	for range openers {
+		if err := os.RemoveAll(path); !errors.Is(err, unix.ENOTEMPTY) {
+			return err
+		}
+	}
+	return os.RemoveAll(path)
 }
 
 // removeBootstrap removes the link to the bootstrap; the log stays for whoever

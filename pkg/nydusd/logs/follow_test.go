@@ -267,6 +267,30 @@ func TestFollowBacklog(t *testing.T) {
 	}
 }
 
+// A log is cut and goes on, and is as far passed on as before, in bytes: that is
+// another place in it, and must be saved again.
+func TestFollowCutToTheSamePlace(t *testing.T) {
+	n := newNode(t)
+	n.burst = 1 << 30
+	w := newWriter(t, n.log(key))
+	w.write(5)
+	for range 3 {
+		w.write(4096 / 64 * int(n.limit/4096+1))
+		n.start()
+		n.passedOn(n.log(key))
+		n.stop()
+	}
+	passed := 0
+	for _, e := range n.book.entries() {
+		if strings.HasPrefix(e.Msg, "nydusd: ") {
+			passed++
+		}
+	}
+	if passed != w.next {
+		t.Errorf("of %d lines %d passed on", w.next, passed)
+	}
+}
+
 // A flood is counted, and hides no error.
 func TestFollowFlood(t *testing.T) {
 	n := newNode(t)

@@ -321,7 +321,13 @@ func (t *tail) cut(ctx context.Context) {
 			old.Close()
 		}
 	}
-	t.offset, t.reserved = max(0, t.offset-took.To), 0
+	t.forget(took)
+}
+
+// forget moves back with a log of which the front was taken off. What is saved
+// holds no longer, not even when its number does.
+func (t *tail) forget(took Range) {
+	t.offset, t.reserved, t.saved = max(0, t.offset-took.To), 0, -1
 }
 
 // reserve makes room for what the daemon writes next, on a full disk at the cost of
@@ -333,7 +339,7 @@ func (t *tail) reserve(ctx context.Context) {
 	err := Reserve(t.file, t.offset)
 	if errors.Is(err, unix.ENOSPC) {
 		took, dropped := Drop(t.path, ahead/2)
-		t.offset = max(0, t.offset-took.To)
+		t.forget(took)
 		err = errors.Join(dropped, Reserve(t.file, t.offset))
 		if time.Since(t.full) > reportEvery {
 			t.full = time.Now()
