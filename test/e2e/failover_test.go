@@ -20,7 +20,11 @@ import (
 func succeeds(t *testing.T) bool {
 	t.Helper()
 	tools := kit.MustTools(t)
-	return tools.Nydusd != tools.NydusdOld
+	if tools.Nydusd == tools.NydusdOld {
+		t.Log("this nydusd cannot be succeeded: what needs that is tested with the other one")
+		return false
+	}
+	return true
 }
 
 // holders lists the holders that run.
@@ -201,9 +205,7 @@ func TestStoppedHolder(t *testing.T) {
 	c := run(t, n, pull(t, n, ref), "one", kit.RunOptions{})
 	kept(t, n)
 	old := holders(t)[0]
-	if err := unix.Kill(old.PID, unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	kit.Stop(t, old.PID)
 	killDaemon(t, n)
 	kit.EqualTrees(t, "the container", want, kit.MustWalk(t, c.Root()))
 	eventually(t, "another holder", func() bool { now := holders(t); return len(now) == 1 && now[0].PID != old.PID })

@@ -60,9 +60,7 @@ func TestHungDaemon(t *testing.T) {
 			t.Fatalf("nothing was fetched from the registry: %v", err)
 		}
 		hung := n.Daemons()[0].PID
-		if err := unix.Kill(hung, unix.SIGSTOP); err != nil {
-			t.Fatal(err)
-		}
+		kit.Stop(t, hung)
 		t.Cleanup(func() { _ = unix.Kill(hung, unix.SIGCONT) })
 		r.SetHook(nil)
 		close(gate)
@@ -102,9 +100,7 @@ func TestStartOnHungDaemon(t *testing.T) {
 		img := pull(t, n, ref)
 		c := run(t, n, img, "first", kit.RunOptions{})
 		hung := n.Daemons()[0].PID
-		if err := unix.Kill(hung, unix.SIGSTOP); err != nil {
-			t.Fatal(err)
-		}
+		kit.Stop(t, hung)
 		t.Cleanup(func() { _ = unix.Kill(hung, unix.SIGCONT) })
 		timed(t, "start of another", func() error {
 			again := run(t, n, img, "second", kit.RunOptions{})

@@ -27,6 +27,26 @@ func Eventually(t TB, what string, within time.Duration, ok func() bool) {
 	}
 }
 
+// Stop stops a process and returns once none of its threads runs any more: each
+// stops by itself, and one of a daemon's may answer until then.
+func Stop(t TB, pid int) {
+	t.Helper()
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatalf("stop process %d: %v", pid, err)
+	}
+	Eventually(t, fmt.Sprintf("all threads of process %d are stopped", pid), time.Minute, func() bool {
+		files, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			_, state, _ := bytes.Cut(text[bytes.LastIndexByte(text, ')')+1:], []byte(" "))
+			if err == nil && !bytes.HasPrefix(state, []byte("T")) {
+				return false
+			}
+		}
+		return len(files) > 0
+	})
+}
+
 // Contents reads the regular files below dir, by their paths, at most so many.
 func Contents(dir string, most int) (map[string][]byte, error) {
 	files := map[string][]byte{}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
+	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
 
 // cacheDirs lists the private cache directories of an image, in the order in
@@ -150,7 +151,7 @@ func TestHungPredecessorIsEnded(t *testing.T) {
 	s.Daemon.Path = e.versioned(oldVersion)
 	target := e.mustMount(s)
 	g := e.record().Current
-	must(t, unix.Kill(g.PID, unix.SIGSTOP))
+	kit.Stop(t, g.PID)
 	t.Cleanup(func() { _ = unix.Kill(g.PID, unix.SIGCONT) })
 	must(t, rootfs.Detach(g.Mountpoint))
 	must(t, rootfs.Detach(target))

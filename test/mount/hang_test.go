@@ -191,7 +191,7 @@ func TestKeptFilesystemIsAborted(t *testing.T) {
 // stop stops a process and waits until all its threads are.
 func stop(t *testing.T, pid int) {
 	t.Helper()
-	must(t, unix.Kill(pid, unix.SIGSTOP))
+	kit.Stop(t, pid)
 	within(t, "it is stopped", func() bool {
 		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
 		return err == nil && !slices.ContainsFunc(threads, func(file string) bool {
@@ -215,7 +215,7 @@ func TestStoppedDaemonIsLeftAloneWhileNobodyWaits(t *testing.T) {
 	target := e.mustMount(e.spec(img))
 	before := e.current()
 	log := e.watchHangs(hang.Config{AskEvery: 100 * time.Millisecond})
-	must(t, unix.Kill(before.PID, unix.SIGSTOP))
+	kit.Stop(t, before.PID)
 	within(t, "it is said that it does not answer", func() bool { return strings.Contains(log.String(), "nydusd does not answer") })
 	must(t, unix.Kill(before.PID, unix.SIGCONT))
 	within(t, "it is said that it answers", func() bool { return strings.Contains(log.String(), "nydusd answers again") })

@@ -213,7 +213,7 @@ func TestHookDoesNotWaitForAHungDaemon(t *testing.T) {
 	b.mountOn(e.mount(s, b.rootfs))
 	b.known()
 	hung := e.daemons(1)[0].PID
-	must(t, unix.Kill(hung, unix.SIGSTOP))
+	kit.Stop(t, hung)
 	t.Cleanup(func() { _ = unix.Kill(hung, unix.SIGCONT) })
 	r := b.start()
 	if r.code == 0 || !strings.Contains(r.out, "no answer in time") || !strings.Contains(r.out, s.Image) {

@@ -13,6 +13,7 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
+	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
 
 func TestReconcilerReleasesAfterTheLinger(t *testing.T) {
@@ -175,7 +176,7 @@ func TestHungDaemonIsReplaced(t *testing.T) {
 	s := e.spec(img)
 	old := e.mustMount(s)
 	hung := e.daemons(1)[0].PID
-	must(t, unix.Kill(hung, unix.SIGSTOP))
+	kit.Stop(t, hung)
 	t.Cleanup(func() { _ = unix.Kill(hung, unix.SIGCONT) })
 	target := e.mustMount(e.another(s))
 	e.daemons(2)

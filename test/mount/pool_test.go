@@ -471,7 +471,7 @@ func TestHungSharedDaemonIsReplaced(t *testing.T) {
 	one, two := tiny(t, "one"), tiny(t, "two")
 	old := e.mustMount(e.spec(one))
 	hung := e.daemons(1)[0].PID
-	must(t, unix.Kill(hung, unix.SIGSTOP))
+	kit.Stop(t, hung)
 	t.Cleanup(func() { _ = unix.Kill(hung, unix.SIGCONT) })
 	other := e.mustMount(e.spec(two))
 	e.daemons(2)
