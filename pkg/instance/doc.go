@@ -8,7 +8,7 @@
 //	record.json     Record, replaced by rename
 //	u/HASH          one User per overlay made by the mount helper
 //	gN/mnt          the mountpoint of the N-th daemon of this instance
-//	gN/api.sock     its API
+//	gN/api.sock     its API; of the N-th successor it is sN.sock
 //	gN/config.json  its configuration with credentials, mode 0600, on tmpfs
 //
 // and one on disk, ROOT/instances/KEY, with the daemon's log and a hard link to

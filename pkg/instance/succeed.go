@@ -160,12 +160,13 @@ func (s *Succession) Start(path string) (p *nydusd.Process, socket string, err e
 		return nil, "", err
 	}
 	defer log.Close()
-	socket, err = dir.freshSocket(g.Socket)
+	// Before it is there: whoever finds it left half way looks for it then.
+	number, err := count(s.lock)
 	if err != nil {
 		return nil, "", err
 	}
-	// Before it is there: whoever finds it left half way looks for it then.
-	if err := count(s.lock); err != nil {
+	socket, err = dir.freshSocket(g.Socket, number)
+	if err != nil {
 		return nil, "", err
 	}
 	p, err = nydusd.Start(nydusd.Command{
@@ -178,17 +179,17 @@ func (s *Succession) Start(path string) (p *nydusd.Process, socket string, err e
 	return p, socket, err
 }
 
-// count makes the size of the lock's file one more: it counts the successors that
-// were begun. That takes no space, which may be used up.
-func count(lock *os.File) error {
+// count makes the size of the lock's file one more, and returns it: it counts the
+// successors that were begun. That takes no space, which may be used up.
+func count(lock *os.File) (int64, error) {
 	info, err := lock.Stat()
-	if err == nil {
-		err = lock.Truncate(info.Size() + 1)
-	}
 	if err != nil {
-		return fmt.Errorf("count the successors of nydusd: %w", err)
+		return 0, fmt.Errorf("count the successors of nydusd: %w", err)
 	}
-	return nil
+	if err := lock.Truncate(info.Size() + 1); err != nil {
+		return 0, fmt.Errorf("count the successors of nydusd: %w", err)
+	}
+	return info.Size() + 1, nil
 }
 
 // Begun counts the successors of a generation's daemon that were begun, those that
@@ -214,15 +215,21 @@ func (s *Succession) EndOthers() (ended int, err error) {
 	return ended, errors.Join(errs...)
 }
 
-// freshSocket returns a path where there is nothing: a daemon that has died leaves
-// its socket, and nydusd listens on none that is there. The present one's is kept:
-// it may still serve.
-func (d genDir) freshSocket(present string) (string, error) {
-	socket := filepath.Join(string(d), "s0.sock")
-	if socket == present {
-		socket = filepath.Join(string(d), "s1.sock")
+// freshSocket returns where a successor is to listen, and removes what others have
+// left, except the present daemon's: it may still serve. Each has a path of its own:
+// one that was left half way may come to listen only now, since its starter was
+// killed before it ran, and would answer in place of the one that is meant.
+func (d genDir) freshSocket(present string, number int64) (string, error) {
+	left, _ := filepath.Glob(filepath.Join(string(d), "s*.sock"))
+	for _, path := range left {
+		if path == present || path == d.supervisor() {
+			continue
+		}
+		if err := remove(path); err != nil {
+			return "", err
+		}
 	}
-	return socket, remove(socket)
+	return filepath.Join(string(d), fmt.Sprintf("s%d.sock", number%1000)), nil
 }
 
 // Retire takes a generation out of use: it ends with what is mounted on it, and the

@@ -2,18 +2,15 @@ package mount_test
 
 import (
 	"errors"
-	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"syscall"
 	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -219,9 +216,11 @@ func killAtEveryStep(t *testing.T, mode mountspec.Mode) {
 			if state == "cold" {
 				k.cold()
 			}
-			killed, err := traceAndKill(k.helper(), step)
-			if err != nil {
-				t.Fatalf("%s, step %d: %v", state, step, err)
+			cmd := k.helper()
+			kill := func() error { return cmd.Process.Kill() }
+			killed, status, err := trace{calls: changing, n: step, strike: kill}.run(cmd)
+			if err != nil || !killed && status.ExitStatus() != 0 {
+				t.Fatalf("%s, step %d: exit status %d, %v", state, step, status.ExitStatus(), err)
 			}
 			k.works()
 			if !killed {
@@ -234,103 +233,4 @@ func killAtEveryStep(t *testing.T, mode mountspec.Mode) {
 			t.Errorf("%s: only %d steps were seen, want at least %d", state, steps, want)
 		}
 	}
-}
-
-// traceAndKill runs a program under ptrace and kills it when it is about to
-// make its n-th system call that changes something. It tells whether it came to
-// that. Children of the program are not traced.
-func traceAndKill(cmd *exec.Cmd, n int) (killed bool, err error) {
-	// All requests must come from the thread that traces.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true}
-	if err := cmd.Start(); err != nil {
-		return false, err
-	}
-	pid := cmd.Process.Pid
-	var status unix.WaitStatus
-	if _, err := unix.Wait4(pid, &status, unix.WALL, nil); err != nil {
-		return false, fmt.Errorf("wait for the traced program: %w", err)
-	}
-	const options = unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_EXITKILL
-	if err := unix.PtraceSetOptions(pid, options); err != nil {
-		return false, fmt.Errorf("trace: %w", err)
-	}
-	seen := 0
-	for tid := pid; ; {
-		sig := 0
-		switch {
-		case status.Stopped() && status.StopSignal() == unix.SIGTRAP|0x80:
-			if changes, err := entersChange(tid); err != nil {
-				return false, err
-			} else if changes {
-				seen++
-			}
-			if seen == n {
-				return true, kill(cmd)
-			}
-		case status.Stopped() && status.TrapCause() <= 0 && status.StopSignal() != unix.SIGTRAP && status.StopSignal() != unix.SIGSTOP:
-			sig = int(status.StopSignal())
-		}
-		if status.Stopped() {
-			if err := unix.PtraceSyscall(tid, sig); err != nil && !errors.Is(err, unix.ESRCH) {
-				return false, fmt.Errorf("resume thread %d: %w", tid, err)
-			}
-		}
-		tid, err = unix.Wait4(-1, &status, unix.WALL, nil)
-		switch {
-		case errors.Is(err, unix.EINTR):
-		case err != nil:
-			return false, fmt.Errorf("wait for the traced program: %w", err)
-		case tid == pid && status.Exited():
-			if status.ExitStatus() != 0 {
-				err = fmt.Errorf("exit status %d", status.ExitStatus())
-			}
-			return false, errors.Join(err, cmd.Process.Release())
-		}
-	}
-}
-
-func kill(cmd *exec.Cmd) error {
-	if err := cmd.Process.Kill(); err != nil {
-		return err
-	}
-	for {
-		var status unix.WaitStatus
-		tid, err := unix.Wait4(-1, &status, unix.WALL, nil)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil || (tid == cmd.Process.Pid && (status.Exited() || status.Signaled())) {
-			return errors.Join(err, cmd.Process.Release())
-		}
-	}
-}
-
-// changing are the system calls that leave something behind.
-var changing = []uint64{
-	unix.SYS_MOUNT, unix.SYS_UMOUNT2, unix.SYS_OPENAT, unix.SYS_MKDIRAT, unix.SYS_LINKAT, unix.SYS_UNLINKAT, unix.SYS_RENAMEAT,
-	unix.SYS_WRITE, unix.SYS_FSYNC, unix.SYS_FLOCK, unix.SYS_CLOSE, unix.SYS_CLONE, unix.SYS_CLONE3, unix.SYS_WAIT4,
-	unix.SYS_PRLIMIT64, unix.SYS_EXIT_GROUP,
-}
-
-// entersChange tells whether a stopped thread is about to make a system call
-// that leaves something behind.
-func entersChange(tid int) (bool, error) {
-	var info struct {
-		op   uint8
-		_    [3]uint8
-		arch uint32
-		_    [2]uint64
-		nr   uint64
-		_    [8]uint64
-	}
-	const get, entry = 0x420e, 1 // PTRACE_GET_SYSCALL_INFO, PTRACE_SYSCALL_INFO_ENTRY
-	if _, _, errno := unix.Syscall6(unix.SYS_PTRACE, get, uintptr(tid), unsafe.Sizeof(info), uintptr(unsafe.Pointer(&info)), 0, 0); errno != 0 {
-		if errno == unix.ESRCH {
-			return false, nil // it has just been ended
-		}
-		return false, fmt.Errorf("read the system call of thread %d: %w", tid, errno)
-	}
-	return info.op == entry && slices.Contains(changing, info.nr), nil
 }

@@ -4,19 +4,15 @@ import (
 	"errors"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
-	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
 	"github.com/nydusfs/nydus-snapshotter/pkg/recovery"
-	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
 
 func (e *env) upgrade(path string) (*recovery.Upgraded, error) {
@@ -102,55 +98,6 @@ func TestUpgradeThatFails(t *testing.T) {
 	e.holds(img, target)
 	e.unmount(target)
 	must(t, e.tidy(soon))
-}
-
-// The upgrade is killed at any moment: who reads notices nothing, and one daemon is
-// left.
-func TestUpgradeKilledAtAnyMoment(t *testing.T) {
-	e := newEnv(t)
-	if !e.succeeds() {
-		return // see TestUpgrade
-	}
-	random := seed(t)
-	program := filepath.Join(kit.Binaries(t, "nydus-snapshotter"), "nydus-snapshotter")
-	upgrade := func() *exec.Cmd {
-		return e.command(t.Context(), program, "daemon", "upgrade", "--run-dir", runDir, "--all", "--nydusd", e.tools.Nydusd)
-	}
-	r := e.recover(recovery.PolicyFailover, true)
-	target := e.mustMount(e.spec(odd(t)))
-	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
-	readers := e.read(target, 4)
-	started := time.Now()
-	if out, err := upgrade().CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	whole := time.Since(started)
-	const kills = 5 // more at once are a crash loop
-	for range kills {
-		cmd := upgrade()
-		must(t, cmd.Start())
-		<-time.After(time.Duration(random.Int64N(int64(whole))))
-		_ = cmd.Process.Kill() // it may be done
-		_ = cmd.Wait()
-		within(t, "one daemon serves, and is written down", func() bool {
-			p, err := nydusd.Find(e.current().PID, e.current().StartTime)
-			if err != nil || p == nil {
-				return false
-			}
-			defer p.Close()
-			connected, err := p.Connected()
-			list, lerr := kit.DaemonProcesses()
-			return err == nil && lerr == nil && connected && len(list) == 1
-		})
-	}
-	readers.end(t)
-	if text := r.log.String(); strings.Contains(text, "given up") {
-		t.Errorf("it was given up:\n%s", text)
-	}
-	e.unmount(target)
-	must(t, e.tidy(soon))
-	r.stop()
-	e.holderEnds()
 }
 
 // A successor that was left half way goes with its instance, also when no snapshotter
