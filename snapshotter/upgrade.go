@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
@@ -57,8 +59,10 @@ func upgradeCommand() *cli.Command {
 // upgrade is one call of the command.
 type upgrade struct {
 	recovery.Upgrade
-	todo  []instance.Status
-	print func(step) error
+	todo []instance.Status
+	// unread says which instances could not be looked at.
+	unread error
+	print  func(step) error
 }
 
 // step is one daemon that was replaced.
@@ -86,9 +90,10 @@ func upgradeOf(ctx context.Context, c *cli.Context, cfg config.Config) (*upgrade
 	if c.Bool("all") == c.Args().Present() {
 		return nil, errors.New("want either --all or instances, as ps lists them")
 	}
-	list, err := instance.List(cfg.RunDir)
-	if err != nil {
-		return nil, err
+	var list []instance.Status
+	var err error
+	if list, u.unread = instance.List(cfg.RunDir); len(list) == 0 && u.unread != nil {
+		return nil, u.unread
 	}
 	if u.todo, err = choose(list, c.Args().Slice()); err != nil {
 		return nil, err
@@ -96,8 +101,9 @@ func upgradeOf(ctx context.Context, c *cli.Context, cfg config.Config) (*upgrade
 	if u.Nydusd, err = successorPath(c.String("nydusd"), cfg.Daemon); err != nil {
 		return nil, err
 	}
-	able, err := nydusd.SharesCache(ctx, u.Nydusd)
-	if err == nil && !able {
+	// One that does not tell its version is tried: only then it shows what it can do.
+	version, err := nydusd.VersionOf(ctx, u.Nydusd)
+	if err == nil && version.Known() && !version.SharesCache() {
 		err = fmt.Errorf("%s cannot take a filesystem over: 2.3 or newer is needed", u.Nydusd)
 	}
 	return u, err
@@ -144,6 +150,8 @@ func choose(list []instance.Status, names []string) ([]instance.Status, error) {
 }
 
 func (u *upgrade) run(ctx context.Context) error {
+	// Ended or stopped in the middle it would leave an image without a daemon.
+	signal.Ignore(unix.SIGHUP, unix.SIGTSTP, unix.SIGTTOU)
 	for n, s := range u.todo {
 		if ctx.Err() != nil {
 			return fmt.Errorf("daemon upgrade: interrupted after %d of %d", n, len(u.todo))
@@ -162,6 +170,9 @@ func (u *upgrade) run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+	}
+	if u.unread != nil {
+		return fmt.Errorf("daemon upgrade: not all could be looked at: %w", u.unread)
 	}
 	return nil
 }

@@ -52,6 +52,8 @@ type Watch struct {
 	conns   *rootfs.Connections
 	records *records
 	seen    map[string]*daemon
+	// asking counts our own questions that are not answered, by device number.
+	asking map[string]int
 	// asked receives the answers to a question, acted what could be done about a
 	// daemon.
 	asked chan map[string]error
@@ -84,8 +86,7 @@ type daemon struct {
 	// its threads had run by then, and ran when that had last changed.
 	good, ran time.Time
 	turns     uint64
-	// asking says that it is being asked; silent is since when it has not answered a question, zero when it has.
-	asking bool
+	// silent is since when it has not answered a question, zero when it has.
 	silent time.Time
 	// acting says that something is being done about it, killed that this was to
 	// kill it.
@@ -173,8 +174,8 @@ func (w *Watch) judge(ctx context.Context, d *daemon, now time.Time) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		d.log.Error("look whether nydusd hangs", "error", err)
 	}
-	if d.asking && !d.g.Kept {
-		n-- // that is us: nobody is to lose his files for our question
+	if !d.g.Kept {
+		n -= w.asking[d.g.Dev] // nobody is to lose his files for our questions
 	}
 	if n <= 0 {
 		d.alive(now)
@@ -270,10 +271,11 @@ func (w *Watch) abort(ctx context.Context, d *daemon, log *slog.Logger, cause st
 // would not be noticed.
 func (w *Watch) ask(ctx context.Context) {
 	var mountpoints []string
+	w.asking = map[string]int{}
 	for _, d := range w.seen {
 		if g := d.rec.Current; g != nil && g.Number == d.g.Number && !g.Failed {
 			mountpoints = append(mountpoints, d.g.Mountpoint)
-			d.asking = true
+			w.asking[d.g.Dev]++
 		}
 	}
 	if len(mountpoints) == 0 || w.cfg.Asker == nil {
@@ -289,9 +291,9 @@ func (w *Watch) ask(ctx context.Context) {
 // take notes what was answered.
 func (w *Watch) take(answers map[string]error) {
 	now := time.Now()
+	w.asking = nil
 	for _, d := range w.seen {
 		err, ok := answers[d.g.Mountpoint]
-		d.asking = false
 		switch {
 		case !ok || errors.Is(err, probe.ErrNotAsked) || errors.Is(err, probe.ErrGone):
 		case errors.Is(err, probe.ErrNoAnswer):

@@ -113,6 +113,12 @@ func unmount(mountpoint string) error {
 	return remove(mountpoint)
 }
 
+// InUse is wanted for a generation of a record that was read without the lock.
+func InUse(runDir string, rec *Record, g Generation) bool {
+	i := Instance{dir: dirOf(runDir, rec.Key), rec: *rec}
+	return i.wanted(&g)
+}
+
 // wanted tells whether somebody uses a generation. A daemon that has ended without
 // users needs no successor, and whoever could tell may be away.
 func (i *Instance) wanted(g *Generation) bool {
@@ -171,8 +177,8 @@ func (i *Instance) finish(g *Generation) (ended bool, err error) {
 			return false, p.Abandon()
 		}
 	}
-	if p == nil && g.Kept {
-		return false, nil // its successor is on its way
+	if g.Kept {
+		return false, nil // its successor is on its way: it may just have died
 	}
 	if lock != nil && Begun(*g) > 0 {
 		// One may have been left half way.

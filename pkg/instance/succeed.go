@@ -47,14 +47,16 @@ func unlessGone(err error) error {
 // Change runs change on a generation's record under the instance's lock and writes
 // what it made of it. The error wraps ErrGone when there is none.
 func Change(ctx context.Context, runDir, key string, generation int, change func(*Generation)) error {
-	return locked(ctx, runDir, key, func(i *Instance) error {
-		g := i.rec.find(generation)
-		if g == nil {
-			return fmt.Errorf("instance %s: generation %d: %w", key, generation, ErrGone)
-		}
-		change(g)
-		return i.write()
-	})
+	return locked(ctx, runDir, key, func(i *Instance) error { return i.change(generation, change) })
+}
+
+func (i *Instance) change(generation int, change func(*Generation)) error {
+	g := i.rec.find(generation)
+	if g == nil {
+		return fmt.Errorf("instance %s: generation %d: %w", i.rec.Key, generation, ErrGone)
+	}
+	change(g)
+	return i.write()
 }
 
 // Generations lists what may have a daemon, the current one first.
@@ -85,6 +87,7 @@ type Succession struct {
 	Record     *Record
 	Generation Generation
 	lock       *os.File
+	held       *Instance
 }
 
 // LockSuccession waits for the right to replace a generation's daemon. The error
@@ -135,8 +138,40 @@ func (s *Succession) read(runDir, key string, generation int) error {
 	return nil
 }
 
+// Hold keeps images from being given to a shared daemon until Close: a successor
+// would not know them. Of other daemons it holds nothing.
+func (s *Succession) Hold(ctx context.Context, runDir string) error {
+	if !s.Generation.Shared || s.held != nil {
+		return nil
+	}
+	i, err := open(ctx, dirOf(runDir, s.Record.Key), openExisting, lockWait)
+	if err != nil {
+		return fmt.Errorf("instance %s: %w", s.Record.Key, err)
+	}
+	g := i.rec.find(s.Generation.Number)
+	if g == nil {
+		return errors.Join(fmt.Errorf("instance %s: generation %d: %w", s.Record.Key, s.Generation.Number, ErrGone), i.Close())
+	}
+	s.held, s.Generation = i, *g
+	return nil
+}
+
+// Change is the function of that name for the generation.
+func (s *Succession) Change(ctx context.Context, runDir string, change func(*Generation)) error {
+	if s.held != nil {
+		return s.held.change(s.Generation.Number, change)
+	}
+	return Change(ctx, runDir, s.Record.Key, s.Generation.Number, change)
+}
+
 // Close gives the right back.
-func (s *Succession) Close() error { return s.lock.Close() }
+func (s *Succession) Close() error {
+	var err error
+	if s.held != nil {
+		err = s.held.Close()
+	}
+	return errors.Join(err, s.lock.Close())
+}
 
 // Note writes a line into the daemon's log.
 func (s *Succession) Note(format string, args ...any) {

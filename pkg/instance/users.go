@@ -116,6 +116,9 @@ func users(d dir, g *Generation, x *mountIndex) (targets, gone []string, err err
 	for _, e := range entries {
 		path := filepath.Join(d.users(), e.Name())
 		u, err := readUser(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // forgotten meanwhile, by whoever has the lock
+		}
 		if err != nil {
 			return nil, nil, err
 		}

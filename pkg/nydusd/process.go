@@ -278,10 +278,27 @@ func (p *Process) Exit() string {
 			return ""
 		}
 	}
+	return describe(status)
+}
+
+func describe(status unix.WaitStatus) string {
 	if status.Signaled() {
 		return "killed by " + unix.SignalName(status.Signal())
 	}
 	return fmt.Sprintf("exit status %d", status.ExitStatus())
+}
+
+// Reap describes how a child of ours has ended that nobody waited for; empty for any
+// other process.
+func Reap(pid int, start uint64) string {
+	var status unix.WaitStatus
+	if now, err := startTime(pid); err != nil || now != start {
+		return ""
+	}
+	if got, err := unix.Wait4(pid, &status, unix.WNOHANG, nil); err != nil || got != pid {
+		return ""
+	}
+	return describe(status)
 }
 
 // pidfdInfo is the kernel's struct pidfd_info (linux/pidfd.h), its first version.

@@ -71,7 +71,9 @@ func (f *follower) run(ctx context.Context) {
 			wait(ctx, again)
 			continue
 		}
-		if p != nil {
+		if p == nil {
+			how = nydusd.Reap(f.g.PID, f.g.StartTime)
+		} else {
 			f.since, f.ooms = time.Now(), f.oomKills()
 			ended := f.attend(ctx, p) || p.Wait(time.Now())
 			how = p.Exit()
@@ -225,7 +227,7 @@ func (f *follower) keep(ctx context.Context, p *nydusd.Process) (done bool) {
 	err = awaitSocket(bounded, p, f.g.Socket)
 	var c *custody.Custody
 	if err == nil {
-		c, err = custody.Receive(bounded, f.g.Supervisor, client.New(f.g.Socket).SendFD)
+		c, err = receive(bounded, f.g)
 	}
 	switch {
 	case err == nil && len(c.State) > custody.MaxState:
@@ -260,6 +262,7 @@ func (f *follower) ended(ctx context.Context, how string) (further bool) {
 	started := time.Now()
 	s, err := f.succession(ctx)
 	if errors.Is(err, instance.ErrGone) {
+		f.forgo(ctx) // nobody will bring it back, so nobody is to wait for it
 		return false
 	}
 	if err != nil {
@@ -350,8 +353,8 @@ func (f *follower) finished(ctx context.Context) bool {
 		if c.Alive() {
 			return false
 		}
-	} else if m, ok, err := rootfs.Lookup(f.g.Mountpoint); err == nil && ok && m.Dev == f.g.Dev {
-		return false // nothing was kept: then the mount table tells
+	} else if f.mounted() {
+		return false
 	}
 	if f.g.Kept {
 		f.change(ctx, func(g *instance.Generation) { g.Kept = false })
@@ -359,8 +362,17 @@ func (f *follower) finished(ctx context.Context) bool {
 	return true
 }
 
+// mounted is for a generation of which nothing is kept: then the mount table tells.
+func (f *follower) mounted() bool {
+	m, ok, err := rootfs.Lookup(f.g.Mountpoint)
+	return err == nil && ok && m.Dev == f.g.Dev || instance.InUse(f.r.cfg.RunDir, f.rec, f.g)
+}
+
 func (f *follower) change(ctx context.Context, change func(*instance.Generation)) {
 	err := instance.Change(context.WithoutCancel(ctx), f.r.cfg.RunDir, f.rec.Key, f.g.Number, func(g *instance.Generation) {
+		if !g.Started.Equal(f.g.Started) {
+			return // another one of the same number
+		}
 		change(g)
 		f.g = *g
 	})
@@ -372,12 +384,15 @@ func (f *follower) change(ctx context.Context, change func(*instance.Generation)
 // adopt fetches what the spare keeps of a daemon that has died.
 func (f *follower) adopt() {
 	spare := f.r.currentSpare()
-	if spare == nil || f.kept() != nil || !f.g.Kept {
+	if spare == nil || f.kept() != nil {
 		return
 	}
+	// Also when the record does not say so: it is given before that is written down.
 	c, err := spare.Get(f.name)
 	if err != nil {
-		f.log.Error("fetch what a successor of nydusd needs", "error", err)
+		if f.g.Kept {
+			f.log.Error("fetch what a successor of nydusd needs", "error", err)
+		}
 		return
 	}
 	f.set(c)
@@ -498,7 +513,15 @@ func (f *follower) succeed(ctx context.Context, s *instance.Succession, c *custo
 	f.change(ctx, func(g *instance.Generation) {
 		record(g)
 		g.Kept = true
+		if g.Revision > g.KeptRevision {
+			// It does not know the last images, and would give their place to others,
+			// whose files their users would read then.
+			g.Failed = true
+		}
 	})
+	if f.g.Failed && f.g.Shared {
+		f.log.Error("images that were given to a shared nydusd just before it died are lost: their containers fail", "event", "left", "pid", f.g.PID)
+	}
 	return nil
 }
 

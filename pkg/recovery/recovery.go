@@ -176,7 +176,8 @@ func (r *Recovery) look(ctx context.Context, all *sync.WaitGroup) (pending bool)
 
 // follow begins to follow a generation, unless that is done already.
 func (r *Recovery) follow(ctx context.Context, all *sync.WaitGroup, rec *instance.Record, g instance.Generation) {
-	name := fmt.Sprintf("%s.g%d", rec.Key, g.Number)
+	// An instance that comes again begins with the same numbers.
+	name := fmt.Sprintf("%s.g%d.%d", rec.Key, g.Number, g.Started.UnixNano())
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if f, ok := r.followed[name]; ok {

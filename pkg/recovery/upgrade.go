@@ -55,6 +55,9 @@ func (u Upgrade) Run(ctx context.Context, key string, generation int) (*Upgraded
 	if _, err := s.EndOthers(); err != nil {
 		return nil, fmt.Errorf("instance %s: end a successor that was left half way: %w", key, err)
 	}
+	if err := s.Hold(ctx, u.RunDir); err != nil {
+		return nil, err
+	}
 	done, err := u.replace(ctx, s, old)
 	if err != nil {
 		return nil, fmt.Errorf("instance %s: replace nydusd %d: %w", key, g.PID, err)
@@ -65,7 +68,7 @@ func (u Upgrade) Run(ctx context.Context, key string, generation int) (*Upgraded
 func (u Upgrade) replace(ctx context.Context, s *instance.Succession, old *nydusd.Process) (*Upgraded, error) {
 	g := s.Generation
 	api := client.New(g.Socket)
-	c, err := custody.Receive(ctx, g.Supervisor, api.SendFD)
+	c, err := receive(ctx, g)
 	if err != nil {
 		return nil, err
 	}
@@ -92,8 +95,15 @@ func (u Upgrade) replace(ctx context.Context, s *instance.Succession, old *nydus
 	return &Upgraded{Before: g.PID, After: after, Stall: time.Since(stopped)}, u.write(ctx, s, record)
 }
 
+// receive takes what a successor needs from a living daemon.
+func receive(ctx context.Context, g instance.Generation) (*custody.Custody, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, client.Timeout, fmt.Errorf("not within %s", client.Timeout))
+	defer cancel()
+	return custody.Receive(ctx, g.Supervisor, client.New(g.Socket).SendFD)
+}
+
 func (u Upgrade) write(ctx context.Context, s *instance.Succession, record func(*instance.Generation)) error {
-	return instance.Change(ctx, u.RunDir, s.Record.Key, s.Generation.Number, record)
+	return s.Change(ctx, u.RunDir, record)
 }
 
 func (u Upgrade) path(g instance.Generation) string {

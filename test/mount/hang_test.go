@@ -226,6 +226,26 @@ func TestStoppedDaemonIsLeftAloneWhileNobodyWaits(t *testing.T) {
 	e.unmount(target)
 }
 
+// Our questions, one for each image and one for the pool, are no users of it.
+func TestStoppedSharedDaemonIsLeftAloneWhileNobodyWaits(t *testing.T) {
+	e := newSharedEnv(t)
+	one, two := tiny(t, "one"), tiny(t, "two")
+	targets := map[string]*fixture{e.mustMount(e.spec(one)): one, e.mustMount(e.spec(two)): two}
+	before := e.pool().Current
+	log := e.watchHangs(hang.Config{AskEvery: 100 * time.Millisecond})
+	kit.Stop(t, before.PID)
+	within(t, "it is said that it does not answer", func() bool { return strings.Contains(log.String(), "nydusd does not answer") })
+	must(t, unix.Kill(before.PID, unix.SIGCONT))
+	within(t, "it is said that it answers", func() bool { return strings.Contains(log.String(), "nydusd answers again") })
+	if now := e.pool().Current; now.PID != before.PID || now.Failed {
+		t.Errorf("it was replaced by %+v; said was\n%s", now, log)
+	}
+	for target, img := range targets {
+		e.holds(img, target)
+		e.unmount(target)
+	}
+}
+
 // A daemon that does not run although it was not stopped, and one that waits for
 // its registry.
 func TestStuckDaemonIsAborted(t *testing.T) {

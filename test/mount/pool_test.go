@@ -322,6 +322,91 @@ func TestSharedDaemonDies(t *testing.T) {
 	e.daemons(0)
 }
 
+// An image that was given to a shared daemon after what is kept of it is unknown to
+// its successor. Its users get errors, and never another image's files, which would
+// have its place there.
+func TestSuccessorOfASharedDaemonDoesNotKnowAll(t *testing.T) {
+	e := newSharedEnv(t)
+	if !e.succeeds() {
+		return // see TestSharedDaemonDies
+	}
+	r := e.recover(recovery.PolicyFailover, true)
+	one, two, three := tiny(t, "one"), tiny(t, "two"), tiny(t, "three")
+	known := e.mustMount(e.spec(one))
+	within(t, "the daemon's descriptor is kept, with its image", func() bool { g := e.pool().Current; return g.Kept && g.KeptRevision == g.Revision })
+	r.stop()
+	lost := e.spec(two)
+	unknown := e.mustMount(lost)
+	e.holds(two, unknown)
+	before := e.pool().Current
+	e.kill(before.PID)
+	r = e.recover(recovery.PolicyFailover, true)
+	within(t, "a successor", func() bool { return e.pool().Current.Restarts == 1 })
+	e.holds(one, known)
+	fresh := e.mustMount(e.spec(three))
+	again := e.mustMount(e.another(lost))
+	e.holds(three, fresh)
+	e.holds(two, again)
+	if text, err := os.ReadFile(filepath.Join(unknown, "name")); err == nil && string(text) != "two" {
+		t.Errorf("an image that is lost reads as %q", text)
+	}
+	e.holds(one, known)
+	for _, target := range []string{known, unknown, fresh, again} {
+		e.unmount(target)
+	}
+	must(t, e.tidy(soon))
+	r.stop()
+	e.holderEnds()
+}
+
+// Images are given to a shared daemon while it is replaced, again and again.
+func TestUpgradeOfASharedDaemonThatGetsImages(t *testing.T) {
+	e := newSharedEnv(t)
+	if !e.succeeds() {
+		return // see TestUpgrade
+	}
+	r := e.recover(recovery.PolicyFailover, true)
+	first := tiny(t, "first")
+	targets := map[string]*fixture{e.mustMount(e.spec(first)): first}
+	within(t, "the daemon's descriptor is kept", func() bool { return e.pool().Current.Kept })
+	key, generation := e.pool().Key, e.pool().Current.Number
+	stop, done := make(chan struct{}), make(chan error, 1)
+	upgrades := 0
+	go func() {
+		var err error
+		for err == nil {
+			select {
+			case <-stop:
+				done <- nil
+				return
+			default:
+			}
+			_, err = e.upgradeOf(key, generation)
+			upgrades++
+		}
+		done <- err
+	}()
+	for n := range 12 {
+		img := tiny(t, fmt.Sprintf("img%d", n))
+		targets[e.mustMount(e.spec(img))] = img
+	}
+	close(stop)
+	must(t, <-done)
+	t.Logf("%d upgrades", upgrades)
+	for target, img := range targets {
+		e.holds(img, target)
+	}
+	if now := e.pool().Current; now.Number != generation || now.Failed || len(now.Passengers) != len(targets) {
+		t.Errorf("the pool is at generation %d with %d images, want %d with %d", now.Number, len(now.Passengers), generation, len(targets))
+	}
+	for target := range targets {
+		e.unmount(target)
+	}
+	must(t, e.tidy(soon))
+	r.stop()
+	e.holderEnds()
+}
+
 // With restart they have it before that.
 func TestSharedDaemonIsRestarted(t *testing.T) {
 	e := newSharedEnv(t)

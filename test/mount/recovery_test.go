@@ -245,6 +245,8 @@ func TestFailoverAfterTheSnapshotter(t *testing.T) {
 	readers := e.read(target, 2)
 	before := e.current()
 	r.stop()
+	// As if it had been killed before it wrote that down.
+	must(t, instance.Change(t.Context(), runDir, e.record().Key, before.Number, func(g *instance.Generation) { g.Kept = false }))
 	e.kill(before.PID)
 	// As a snapshotter leaves it that was killed while it recovered.
 	half := e.half(before)
@@ -259,6 +261,21 @@ func TestFailoverAfterTheSnapshotter(t *testing.T) {
 	must(t, e.tidy(soon))
 	r.stop()
 	e.holderEnds()
+}
+
+// The death of what was released and cannot be succeeded is told: its users get
+// errors.
+func TestDeathOfWhatIsReleased(t *testing.T) {
+	e := newEnv(t)
+	r := e.recover(recovery.PolicyRestart, false)
+	target := e.mustMount(e.spec(small(t, "one")))
+	key, g := e.record().Key, e.current()
+	must(t, instance.Retire(t.Context(), runDir, key, g.Number))
+	e.kill(g.PID)
+	within(t, "the death is logged", func() bool { return strings.Contains(r.log.String(), "nydusd has died") })
+	e.unmount(target)
+	must(t, e.tidy(soon))
+	r.stop()
 }
 
 // half starts a successor and leaves it, as somebody does who is killed then.

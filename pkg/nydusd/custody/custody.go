@@ -92,13 +92,18 @@ var ErrUnable = errors.New("nydusd cannot hand its filesystem over")
 const settle = 500 * time.Millisecond
 
 // Receive listens on path, makes the daemon send by calling send, and returns what
-// came. The error is ErrUnable for a daemon that cannot.
+// came, also when the daemon has ended before it answered send. The error is
+// ErrUnable for a daemon that cannot. ctx must have a deadline: a daemon may stop in
+// the middle.
 func Receive(ctx context.Context, path string, send func(context.Context) error) (*Custody, error) {
 	var c *Custody
 	err := exchange(ctx, path, send, func(conn *net.UnixConn) (err error) {
 		c, err = read(conn)
 		return err
 	})
+	if c != nil {
+		return c, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("take FUSE descriptor and state: %w", err)
 	}

@@ -68,6 +68,24 @@ func TestReceive(t *testing.T) {
 	}
 }
 
+// A daemon that dies after it has sent all, and before it has answered.
+func TestReceiveFromOneThatDies(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	fuse, _ := pipe(t)
+	c, err := Receive(t.Context(), path, func(context.Context) error {
+		conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
+		must(t, err)
+		_, _, err = conn.WriteMsgUnix([]byte("state"), unix.UnixRights(int(fuse.Fd())), nil)
+		return errors.Join(err, conn.Close(), errors.New("connection reset"))
+	})
+	must(t, err)
+	defer c.Close()
+	if string(c.State) != "state" {
+		t.Errorf("the state %q came", c.State)
+	}
+	sameFD(t, c.fuse, fuse)
+}
+
 func TestReceiveFails(t *testing.T) {
 	refusal := errors.New("refused")
 	for name, c := range map[string]struct {
