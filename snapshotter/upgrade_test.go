@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -44,13 +46,17 @@ func TestChooseDaemons(t *testing.T) {
 }
 
 func TestUpgradeCalledWrongly(t *testing.T) {
+	old := filepath.Join(t.TempDir(), "nydusd")
+	if err := os.WriteFile(old, []byte("#!/bin/sh\necho Version: v2.2.0\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
 	for want, args := range map[string][]string{
 		"either --all or instances": {},
 		"want either --all":         {"--all", "abc"},
 		"--format is":               {"--all", "--format", "yaml"},
 		"no serving nydusd":         {"abc"},
 		"/none":                     {"--all", "--nydusd", "/none"},
-		"cannot take":               {"--all", "--nydusd", "/bin/true"},
+		"cannot take":               {"--all", "--nydusd", old},
 	} {
 		app := newApp()
 		app.Writer, app.ErrWriter = &bytes.Buffer{}, &bytes.Buffer{}

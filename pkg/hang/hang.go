@@ -52,6 +52,7 @@ type Watch struct {
 	conns   *rootfs.Connections
 	records *records
 	seen    map[string]*daemon
+	looked  time.Time
 	// asking counts our own questions that are not answered, by device number.
 	asking map[string]int
 	// asked receives the answers to a question, acted what could be done about a
@@ -137,6 +138,13 @@ func (w *Watch) look(ctx context.Context) {
 		return
 	}
 	now := time.Now()
+	if now.Sub(w.looked) > 3*w.every() {
+		// We did not run: what happened meanwhile nobody knows.
+		for _, d := range w.seen {
+			d.alive(now)
+		}
+	}
+	w.looked = now
 	present := make(map[string]bool, len(w.seen))
 	for _, rec := range list {
 		for _, g := range rec.Generations() {

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 )
 
 // Log follows what a daemon writes. It is not for use by several goroutines at
@@ -62,7 +64,6 @@ const maxRead = 4 << 20
 // all tries. The text is that of nydus-storage 0.6 and 0.7 (nydusd 2.2 to 2.4).
 const (
 	began    = "Program Version: "
-	begins   = " starts, pid " // as test/nydusd has it
 	tried    = "failed to read metadata for blob "
 	givenUp  = "failed to get blob.meta"
 	notAtEnd = "temporarily failed to get blob.meta"
@@ -132,7 +133,7 @@ func (l *Log) moved(f *os.File, info os.FileInfo) bool {
 
 func (l *Log) take(line string) {
 	switch {
-	case strings.Contains(line, began), strings.Contains(line, begins):
+	case strings.Contains(line, nydusd.Starts), strings.Contains(line, began):
 		l.tries, l.broken, l.given = nil, nil, false
 	case strings.Contains(line, tried):
 		_, rest, _ := strings.Cut(line, tried)

@@ -17,7 +17,7 @@ var (
 	tryOf = func(b string) string {
 		return "\t\"failed to read metadata for blob " + b + " from backend, Request(ErrorWithMsg(\\\"\\\"))\"\n"
 	}
-	start24   = "[2026-11-28 03:15:00.923545 +00:00] INFO [nydusd:24] nydusd v2.4.0 starts, pid 49\n"
+	ours      = "[2026-11-28T03:15:00Z] mount helper: starts nydusd /usr/local/bin/nydusd\n"
 	try24     = "[2026-11-28 03:15:10.404621 +00:00] WARN [nydus_storage::meta:775] failed to read metadata for blob " + blob + " from backend, Request(ErrorWithMsg(\"\")), retry read metadata\n"
 	end24     = "[2026-11-28 03:15:51.000000 +00:00] WARN [nydus_storage::cache::cachedfile:106] failed to get blob.meta\n"
 	temporary = "[2026-11-28 02:24:43.351588 +00:00] INFO temporarily failed to get blob.meta, Input/output error (os error 5)\n"
@@ -75,8 +75,8 @@ func TestBroken(t *testing.T) {
 	f.want(l, "another daemon", false)
 	f.write(end)
 	f.want(l, "an end that names none", true)
-	f.write(start24)
-	f.want(l, "another daemon, 2.4", false)
+	f.write(ours)
+	f.want(l, "another daemon, of any log level", false)
 	f.write(try24 + end24)
 	f.want(l, "its end", true, blob)
 }

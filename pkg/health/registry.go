@@ -3,6 +3,7 @@ package health
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +14,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/net/http/httpproxy"
+
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 )
 
@@ -20,10 +23,10 @@ import (
 const askTimeout = 10 * time.Second
 
 // Answers returns nil when the backend of a daemon's configuration, its file's path,
-// gives out the blobs, or at least says that it lives when there are none: so a
+// in the daemon's environment, gives out the blobs, or at least says that it lives when there are none: so a
 // daemon that is started now will fetch their metadata. A backend other than a
 // registry or a directory is taken to answer. The error says what is wrong with it.
-func Answers(ctx context.Context, config string, blobs []string) error {
+func Answers(ctx context.Context, config string, env, blobs []string) error {
 	text, err := os.ReadFile(filepath.Clean(config))
 	if err != nil {
 		return fmt.Errorf("read nydusd's configuration: %w", err)
@@ -36,7 +39,7 @@ func Answers(ctx context.Context, config string, blobs []string) error {
 	defer cancel()
 	switch kind {
 	case nydusd.BackendRegistry:
-		return registryOf(settings).answers(ctx, blobs)
+		return answersOf(ctx, settings, env, blobs)
 	case nydusd.BackendLocalFS:
 		return directoryAnswers(setting(settings, "dir"), blobs)
 	}
@@ -64,7 +67,15 @@ func setting(settings map[string]any, name string) string {
 	return s
 }
 
-func registryOf(settings map[string]any) *registry {
+func answersOf(ctx context.Context, settings map[string]any, env, blobs []string) error {
+	r, err := registryOf(settings, env)
+	if err != nil {
+		return err
+	}
+	return r.answers(ctx, blobs)
+}
+
+func registryOf(settings map[string]any, env []string) (*registry, error) {
 	r := &registry{scheme: setting(settings, "scheme"), host: setting(settings, "host"), repository: setting(settings, "repo")}
 	if r.scheme == "" {
 		r.scheme = "https"
@@ -75,20 +86,38 @@ func registryOf(settings map[string]any) *registry {
 	if token := setting(settings, "registry_token"); token != "" {
 		r.authorization = "Bearer " + token
 	}
-	transport := &http.Transport{Proxy: proxyOf(settings), DisableKeepAlives: true}
-	if skip, _ := settings["skip_verify"].(bool); skip {
-		transport.TLSClientConfig = &tls.Config{InsecureSkipVerify: true} // as the daemon does, by [remote] skip_verify
+	transport := &http.Transport{Proxy: proxyOf(settings, env), DisableKeepAlives: true, TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}}
+	// As the daemon does, by [remote] skip_verify.
+	transport.TLSClientConfig.InsecureSkipVerify, _ = settings["skip_verify"].(bool)
+	if file := valueOf(env, "SSL_CERT_FILE"); file != "" {
+		text, err := os.ReadFile(filepath.Clean(file))
+		if err != nil {
+			return nil, fmt.Errorf("read SSL_CERT_FILE of the daemon: %w", err)
+		}
+		transport.TLSClientConfig.RootCAs = x509.NewCertPool()
+		transport.TLSClientConfig.RootCAs.AppendCertsFromPEM(text)
 	}
 	r.client = &http.Client{Transport: transport}
-	return r
+	return r, nil
 }
 
-func proxyOf(settings map[string]any) func(*http.Request) (*url.URL, error) {
+// valueOf is a variable of an environment, whose names may be in lower case.
+func valueOf(env []string, name string) string {
+	for _, e := range env {
+		if n, value, _ := strings.Cut(e, "="); strings.EqualFold(n, name) {
+			return value
+		}
+	}
+	return ""
+}
+
+func proxyOf(settings map[string]any, env []string) func(*http.Request) (*url.URL, error) {
 	proxy, _ := settings["proxy"].(map[string]any)
 	if at, err := url.Parse(setting(proxy, "url")); err == nil && at.Host != "" {
 		return http.ProxyURL(at)
 	}
-	return http.ProxyFromEnvironment
+	of := (&httpproxy.Config{HTTPProxy: valueOf(env, "HTTP_PROXY"), HTTPSProxy: valueOf(env, "HTTPS_PROXY"), NoProxy: valueOf(env, "NO_PROXY")}).ProxyFunc()
+	return func(r *http.Request) (*url.URL, error) { return of(r.URL) }
 }
 
 func (r *registry) answers(ctx context.Context, blobs []string) error {

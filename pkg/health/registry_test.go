@@ -74,7 +74,7 @@ func TestAnswers(t *testing.T) {
 				}
 				w.WriteHeader(c.code)
 			})
-			check(t, Answers(t.Context(), configOf(t, host, ""), c.blobs), c.want)
+			check(t, Answers(t.Context(), configOf(t, host, ""), nil, c.blobs), c.want)
 		})
 	}
 }
@@ -95,19 +95,19 @@ func check(t *testing.T, err error, want string) {
 }
 
 func TestAnswersOfNobody(t *testing.T) {
-	check(t, Answers(t.Context(), configOf(t, "127.0.0.1:1", ""), nil), "refused")
+	check(t, Answers(t.Context(), configOf(t, "127.0.0.1:1", ""), nil, nil), "refused")
 	release := make(chan struct{})
 	host := serve(t, func(http.ResponseWriter, *http.Request) { <-release })
 	t.Cleanup(func() { close(release) })
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	check(t, Answers(ctx, configOf(t, host, ""), nil), "deadline")
-	check(t, Answers(t.Context(), "/missing", nil), "configuration")
+	check(t, Answers(ctx, configOf(t, host, ""), nil, nil), "deadline")
+	check(t, Answers(t.Context(), "/missing", nil, nil), "configuration")
 	broken := filepath.Join(t.TempDir(), "c")
 	if err := os.WriteFile(broken, []byte(canary), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	check(t, Answers(t.Context(), broken, nil), "not a JSON object")
+	check(t, Answers(t.Context(), broken, nil, nil), "not a JSON object")
 }
 
 func TestDirectoryAnswers(t *testing.T) {
@@ -117,10 +117,10 @@ func TestDirectoryAnswers(t *testing.T) {
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	check(t, Answers(t.Context(), path, nil), "")
-	check(t, Answers(t.Context(), path, []string{blob}), "no such file")
+	check(t, Answers(t.Context(), path, nil, nil), "")
+	check(t, Answers(t.Context(), path, nil, []string{blob}), "no such file")
 	if err := os.WriteFile(filepath.Join(dir, blob), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	check(t, Answers(t.Context(), path, []string{blob}), "")
+	check(t, Answers(t.Context(), path, nil, []string{blob}), "")
 }

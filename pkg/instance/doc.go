@@ -10,6 +10,7 @@
 //	gN/mnt          the mountpoint of the N-th daemon of this instance
 //	gN/api.sock     its API; of the N-th successor it is sN.sock
 //	gN/config.json  its configuration with credentials, mode 0600, on tmpfs
+//	gN/env.json     its environment beside PATH, if it has one, mode 0600, on tmpfs
 //
 // and one on disk, ROOT/instances/KEY, with the daemon's log and a hard link to
 // the bootstrap, so that the daemon does not depend on the snapshot.

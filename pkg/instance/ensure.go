@@ -36,6 +36,10 @@ type Spec struct {
 	Bootstrap string
 	// Config is nydusd's complete configuration: a secret.
 	Config string
+	// env is the environment of the daemon that it replaces, nil for none; restarts
+	// counts those.
+	env      []string
+	restarts int
 	// Root receives the log and the link to the bootstrap, RunDir the rest.
 	Root, RunDir string
 	Driver       mountspec.Driver

@@ -2,6 +2,7 @@ package instance
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -172,7 +173,7 @@ func (l *launch) next() {
 		Number: n, Mountpoint: dir.mountpoint(), Socket: dir.socket(), Supervisor: dir.supervisor(),
 		Threads: s.Daemon.Threads, LogLevel: s.Daemon.LogLevel, LogMaxSize: s.Daemon.LogMaxSize, OOMScoreAdj: s.Daemon.OOMScoreAdj,
 		Nydusd: s.Daemon.Path, Cgroup: s.Daemon.CgroupParent, MemoryLimit: s.Daemon.MemoryLimit, CPULimit: s.Daemon.CPULimit,
-		Started: time.Now().UTC(), Alone: s.Alone, Shared: l.shared,
+		Started: time.Now().UTC(), Alone: s.Alone, Shared: l.shared, Restarts: s.restarts,
 	}
 }
 
@@ -188,6 +189,9 @@ func (l *launch) begin(config string) error {
 	if err := os.MkdirAll(l.dir.mountpoint(), 0o700); err != nil {
 		return fmt.Errorf("create mountpoint: %w", err)
 	}
+	if err := l.writeEnv(); err != nil {
+		return fmt.Errorf("write nydusd's environment: %w", err)
+	}
 	if config == "" {
 		return nil
 	}
@@ -195,6 +199,28 @@ func (l *launch) begin(config string) error {
 		return fmt.Errorf("write nydusd's configuration: %w", err)
 	}
 	return nil
+}
+
+// env is the environment of the daemon: that of whoever mounts, or of its
+// predecessor's.
+func (l *launch) env() []string {
+	if l.spec.env != nil {
+		return l.spec.env
+	}
+	return nydusd.Environment(os.Environ())
+}
+
+// writeEnv keeps it for successors. An image in a pool has none of its own.
+func (l *launch) writeEnv() error {
+	env := l.env()
+	if len(env) == 0 || l.gen.Berth != nil {
+		return nil
+	}
+	text, err := json.Marshal(env)
+	if err != nil {
+		return err
+	}
+	return writeFile(l.dir.env(), text)
 }
 
 // fuseDevice is where nydusd looks for the kernel's FUSE.
@@ -220,8 +246,9 @@ func (l *launch) run(ctx context.Context) error {
 		config, bootstrap = "", ""
 	}
 	var err error
+	announce(l.log, s.Daemon.Path)
 	l.proc, err = nydusd.Start(nydusd.Command{
-		Path: s.Daemon.Path, Config: config, Bootstrap: bootstrap, Mountpoint: l.dir.mountpoint(),
+		Path: s.Daemon.Path, Env: l.env(), Config: config, Bootstrap: bootstrap, Mountpoint: l.dir.mountpoint(),
 		Socket: l.dir.socket(), Supervisor: l.dir.supervisor(), ID: cgroupOf(s.Key, l.gen).Name, Log: l.log, LogLevel: s.Daemon.LogLevel, Threads: s.Daemon.Threads,
 		OOMScoreAdj: s.Daemon.OOMScoreAdj, Cgroup: cgroupOf(s.Key, l.gen), CacheLock: l.cacheLock,
 	})
@@ -354,6 +381,11 @@ func cgroupOf(key string, g Generation) nydusd.Cgroup {
 // OOMKills counts the daemons of a generation that the kernel has killed for
 // memory, predecessors included; see nydusd.Cgroup.OOMKills.
 func OOMKills(key string, g Generation) (int, error) { return cgroupOf(key, g).OOMKills() }
+
+// announce writes into a daemon's log that another one begins.
+func announce(log *os.File, path string) {
+	fmt.Fprintf(log, "[%s] %s%s\n", time.Now().UTC().Format(time.RFC3339), nydusd.Starts, path)
+}
 
 // warn writes into a daemon's log what could not be arranged for it.
 func warn(log *os.File, p *nydusd.Process) {

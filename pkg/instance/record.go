@@ -143,6 +143,8 @@ func (d genDir) socket() string     { return filepath.Join(string(d), "api.sock"
 func (d genDir) supervisor() string { return filepath.Join(string(d), "sup.sock") }
 func (d genDir) config() string     { return filepath.Join(string(d), "config.json") }
 
+func (d genDir) env() string { return filepath.Join(string(d), "env.json") }
+
 // succession is the file whose lock is the right to replace the daemon, and whose
 // size counts who was to.
 func (d genDir) succession() string { return filepath.Join(string(d), "succession") }
@@ -169,6 +171,23 @@ func LogPath(r *Record) string { return diskDirOf(r.Root, r.Key).log() }
 // ConfigPath is the configuration that a generation's daemon was started with: a
 // secret.
 func ConfigPath(g Generation) string { return genDir(filepath.Dir(g.Mountpoint)).config() }
+
+// Environment is what a generation's daemons have in their environment beside PATH: a
+// secret.
+func Environment(g Generation) ([]string, error) {
+	text, err := readFile(genDir(filepath.Dir(g.Mountpoint)).env())
+	if errors.Is(err, fs.ErrNotExist) {
+		return []string{}, nil
+	}
+	env := []string{}
+	if err == nil {
+		err = json.Unmarshal(text, &env)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read nydusd's environment: %w", err)
+	}
+	return env, nil
+}
 
 // Instance is an instance whose lock is held.
 type Instance struct {

@@ -229,7 +229,7 @@ func removeGeneration(key string, g Generation) error {
 		return err
 	}
 	var errs []error
-	errs = append(errs, remove(d.config()), remove(d.succession()))
+	errs = append(errs, remove(d.config()), remove(d.env()), remove(d.succession()))
 	for _, pattern := range []string{"*.sock", ".new-*"} {
 		leftovers, _ := filepath.Glob(filepath.Join(string(d), pattern))
 		for _, path := range leftovers {

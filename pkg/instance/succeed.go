@@ -204,8 +204,13 @@ func (s *Succession) Start(path string) (p *nydusd.Process, socket string, err e
 	if err != nil {
 		return nil, "", err
 	}
+	env, err := Environment(g)
+	if err != nil {
+		return nil, "", err
+	}
+	announce(log, path)
 	p, err = nydusd.Start(nydusd.Command{
-		Path: path, Successor: true, Supervisor: g.Supervisor, ID: cgroupOf(key, g).Name, Mountpoint: g.Mountpoint, Socket: socket,
+		Path: path, Env: env, Successor: true, Supervisor: g.Supervisor, ID: cgroupOf(key, g).Name, Mountpoint: g.Mountpoint, Socket: socket,
 		Log: log, LogLevel: g.LogLevel, Threads: g.Threads, OOMScoreAdj: g.OOMScoreAdj, Cgroup: cgroupOf(key, g),
 	})
 	if err == nil {
@@ -340,6 +345,13 @@ func (i *Instance) renew(ctx context.Context, timeout time.Duration) error {
 		return fmt.Errorf("read nydusd's configuration: %w", err)
 	}
 	s := i.rec.spec(g, i.dir.runDir(), string(config), timeout)
+	of, err := i.dir.carrier(&g)
+	if err == nil && of != nil {
+		s.env, err = Environment(*of)
+	}
+	if err != nil {
+		return err
+	}
 	if err := i.retire(); err != nil {
 		return err
 	}
@@ -372,5 +384,6 @@ func (r *Record) spec(g Generation, runDir, config string, timeout time.Duration
 	if g.Berth != nil {
 		s.Daemon.Mode = mountspec.ModeShared
 	}
+	s.restarts = g.Restarts + 1
 	return s
 }

@@ -35,6 +35,8 @@ type Command struct {
 	// Args, when set, is the whole command line behind Path instead: for a
 	// program of ours that is to live like a daemon.
 	Args []string
+	// Env is what the daemon's environment has beside PATH, see Environment.
+	Env []string
 	// Log receives standard output and error, panics included.
 	Log *os.File
 	// LogLevel is nydusd's; empty means info.
@@ -49,6 +51,10 @@ type Command struct {
 	// long as the process is there. May be nil.
 	CacheLock *os.File
 }
+
+// Starts is in the line that stands in a daemon's log before its own, whatever its log
+// level; the executable follows. Package health looks for it.
+const Starts = "mount helper: starts nydusd "
 
 // Start starts the daemon and does not wait for it. It outlives its starter.
 func Start(c Command) (*Process, error) {
@@ -102,7 +108,7 @@ func start(c Command) (*Process, error) {
 	if c.CacheLock != nil {
 		files = append(files, c.CacheLock)
 	}
-	attrs := &os.ProcAttr{Dir: "/", Env: environment(os.Environ()), Files: files, Sys: attr}
+	attrs := &os.ProcAttr{Dir: "/", Env: append([]string{path}, c.Env...), Files: files, Sys: attr}
 	proc, err := os.StartProcess(c.Path, c.args(), attrs)
 	if err != nil && attr.UseCgroupFD {
 		place.refused(err)
@@ -151,10 +157,13 @@ func (c Command) args() []string {
 	return args
 }
 
-// environment keeps what nydusd's HTTP client and its panics understand, and
-// nothing of the container whose mount happens to start it.
-func environment(all []string) []string {
-	env := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+const path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// Environment keeps of an environment what nydusd's HTTP client and its panics
+// understand, and nothing of the container whose mount happens to start it. A proxy's
+// address may hold a password.
+func Environment(all []string) []string {
+	env := []string{}
 	for _, e := range all {
 		name, _, _ := strings.Cut(e, "=")
 		switch strings.ToUpper(name) {

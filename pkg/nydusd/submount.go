@@ -116,7 +116,8 @@ func dialAPI(ctx context.Context, socket string) (*apiConn, error) {
 	}
 	left := apiTimeout
 	if d, ok := ctx.Deadline(); ok {
-		left = max(time.Millisecond, time.Until(d))
+		// Somewhat later than ctx, whose end says why.
+		left = max(0, time.Until(d)) + time.Second
 	}
 	// A daemon that accepts nobody keeps whoever connects waiting.
 	limit := unix.NsecToTimeval(int64(left))

@@ -34,6 +34,7 @@ type follower struct {
 	// reported; left that nothing more can be done about it.
 	health       *health.Log
 	broken, left bool
+	away         string // why it stays broken, once that was said
 	// wake says that what a successor needs may have changed.
 	wake chan struct{}
 	// latest is the revision of what the daemon serves, revision that of what is
@@ -125,7 +126,7 @@ func (f *follower) attend(ctx context.Context, p *nydusd.Process) bool {
 		ended <- p.WaitContext(ctx)
 		cancel() // whatever is being asked of it
 	}()
-	f.health, f.broken = health.Follow(instance.LogPath(f.rec), 0), false
+	f.health, f.broken, f.away = health.Follow(instance.LogPath(f.rec), 0), false, ""
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
 	for pause := again; ; pause = min(2*pause, lastAgain) {
@@ -171,11 +172,18 @@ func (f *follower) look(ctx context.Context) {
 		f.broken = true
 		f.log.Error("nydusd serves errors; it is replaced once its registry answers", "event", "broken", "pid", f.g.PID, "error", fault)
 	}
-	if f.kept() == nil {
+	if f.r.cfg.Policy == PolicyNone {
+		return
+	}
+	if f.kept() == nil || !custody.Resends() {
 		f.leave(ctx)
 		return
 	}
-	if !f.answered(ctx, fault) {
+	if err := f.answered(ctx, fault); err != nil {
+		if f.away == "" {
+			f.away = err.Error()
+			f.log.Warn("nydusd stays broken for now", "event", "broken", "pid", f.g.PID, "error", err)
+		}
 		return // asked again at the next look
 	}
 	done, err := Upgrade{RunDir: f.r.cfg.RunDir, StartTimeout: f.r.cfg.StartTimeout}.Run(ctx, f.rec.Key, f.g.Number)
@@ -186,15 +194,38 @@ func (f *follower) look(ctx context.Context) {
 	f.log.Info("nydusd was broken and is succeeded: its registry answers again", "event", "takeover", "pid", done.After, "took", done.Stall)
 }
 
-// answered tells whether one of the backends answers that may have the blobs.
-func (f *follower) answered(ctx context.Context, fault *health.Fault) bool {
-	for _, config := range instance.ConfigPaths(f.r.cfg.RunDir, f.rec.Key, f.g) {
-		if health.Answers(ctx, config, fault.Blobs) == nil {
-			return true
+// answered returns nil when each of the blobs is given out by one of the backends that
+// may have it.
+func (f *follower) answered(ctx context.Context, fault *health.Fault) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, answerWait, fmt.Errorf("not within %s", answerWait))
+	defer cancel()
+	env, err := instance.Environment(f.g)
+	if err != nil {
+		return err
+	}
+	configs := instance.ConfigPaths(f.r.cfg.RunDir, f.rec.Key, f.g)
+	any := func(blobs []string) error {
+		err := errors.New("nobody uses it any more")
+		for _, config := range configs {
+			if err = health.Answers(ctx, config, env, blobs); err == nil || ctx.Err() != nil {
+				return err
+			}
+		}
+		return err
+	}
+	if len(fault.Blobs) == 0 {
+		return any(nil)
+	}
+	for _, blob := range fault.Blobs {
+		if err := any([]string{blob}); err != nil {
+			return err
 		}
 	}
-	return false
+	return nil
 }
+
+// answerWait bounds how long the backends of a broken daemon are asked.
+const answerWait = 10 * time.Second
 
 // leave takes a broken daemon that cannot be succeeded out of use for what comes.
 func (f *follower) leave(ctx context.Context) {
@@ -285,6 +316,9 @@ func (f *follower) ended(ctx context.Context, how string) (further bool) {
 	}
 	f.starve(cause != "unknown", started)
 	f.log.Warn("nydusd has died", "event", "death", "pid", f.g.PID, "exit", how, "cause", cause, "kept", f.kept() != nil)
+	if f.r.cfg.Policy == PolicyNone {
+		return false
+	}
 	if f.kept() != nil {
 		if err := f.endOthers(s); err != nil {
 			f.log.Error("end a successor that was left half way", "error", err)
@@ -485,7 +519,13 @@ func (f *follower) recover(ctx context.Context, s *instance.Succession, started 
 		f.restart(ctx, started)
 		return false
 	}
-	if err := f.succeed(ctx, s, c); err != nil {
+	err := f.succeed(ctx, s, c)
+	if errors.Is(err, errLost) {
+		f.log.Error("what was asked of the dead nydusd is lost: its containers fail, new ones get another", "event", "takeover failed", "error", err)
+		f.restart(ctx, started)
+		return false
+	}
+	if err != nil {
 		if ctx.Err() == nil {
 			f.failures++
 			f.log.Error("successor of nydusd failed", "event", "takeover failed", "error", err)

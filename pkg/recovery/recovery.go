@@ -20,6 +20,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -32,7 +33,7 @@ type Policy string
 
 // The policies.
 const (
-	// PolicyNone does nothing: the next mount of the image starts a new daemon.
+	// PolicyNone tells what happens and does nothing: the next mount of the image starts a new daemon.
 	PolicyNone Policy = "none"
 	// PolicyRestart starts a new one at once. What is mounted keeps failing.
 	PolicyRestart Policy = "restart"
@@ -79,6 +80,9 @@ type Recovery struct {
 
 	mu       sync.Mutex
 	followed map[string]*follower
+	// left are the daemons of generations that are not followed any more, and are
+	// not gone.
+	left map[string]int
 	// deaths are the last ones of each instance.
 	deaths map[string][]time.Time
 	// unable are the executables that were reported as unable to be succeeded.
@@ -90,7 +94,7 @@ type Recovery struct {
 func New(cfg Config) *Recovery {
 	return &Recovery{
 		cfg: cfg, starts: make(chan struct{}, maxStarts),
-		followed: map[string]*follower{}, deaths: map[string][]time.Time{}, unable: map[string]bool{},
+		followed: map[string]*follower{}, deaths: map[string][]time.Time{}, unable: map[string]bool{}, left: map[string]int{},
 	}
 }
 
@@ -101,10 +105,6 @@ func (r *Recovery) Run(ctx context.Context) error {
 	if r.cfg.Policy != PolicyFailover {
 		// What an earlier configuration had kept would let users wait for nobody.
 		r.forgoAll(ctx)
-	}
-	if r.cfg.Policy == PolicyNone {
-		<-ctx.Done()
-		return nil
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	var all sync.WaitGroup
@@ -154,7 +154,10 @@ func (r *Recovery) look(ctx context.Context, all *sync.WaitGroup) (pending bool)
 		r.cfg.Log.Error("look for daemons", "error", err)
 		return true
 	}
+	present := make(map[string]bool, len(keys))
+	defer r.forget(present)
 	for _, key := range keys {
+		present[key] = true
 		rec, err := instance.ReadRecord(r.cfg.RunDir, key)
 		if err != nil {
 			pending = true
@@ -174,12 +177,26 @@ func (r *Recovery) look(ctx context.Context, all *sync.WaitGroup) (pending bool)
 	return pending
 }
 
+// forget forgets what was left of instances that are gone.
+func (r *Recovery) forget(present map[string]bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for name := range r.left {
+		if key, _, _ := strings.Cut(name, "."); !present[key] {
+			delete(r.left, name)
+		}
+	}
+}
+
 // follow begins to follow a generation, unless that is done already.
 func (r *Recovery) follow(ctx context.Context, all *sync.WaitGroup, rec *instance.Record, g instance.Generation) {
 	// An instance that comes again begins with the same numbers.
 	name := fmt.Sprintf("%s.g%d.%d", rec.Key, g.Number, g.Started.UnixNano())
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if pid, ok := r.left[name]; ok && pid == g.PID {
+		return
+	}
 	if f, ok := r.followed[name]; ok {
 		// What was added to a shared daemon is not in what is kept of it.
 		if f.latest.Swap(int64(g.Revision)) != int64(g.Revision) {
@@ -194,6 +211,7 @@ func (r *Recovery) follow(ctx context.Context, all *sync.WaitGroup, rec *instanc
 		f.run(ctx)
 		r.mu.Lock()
 		delete(r.followed, name)
+		r.left[name] = f.g.PID
 		r.mu.Unlock()
 	})
 }

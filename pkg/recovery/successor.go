@@ -11,6 +11,7 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/client"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
 )
 
 // successor is a daemon that listens and serves nothing yet.
@@ -56,21 +57,30 @@ func (n *successor) take(ctx context.Context, c *custody.Custody) (record func(*
 }
 
 func (n *successor) handOver(ctx context.Context, c *custody.Custody) error {
-	// What the predecessor had read and not answered is asked again. Where that
-	// cannot be done those requests hang, and all others are served.
-	resent := c.Resend()
+	// What the predecessor had read and not answered is asked again.
+	if err := c.Resend(); err != nil && n.waiting() {
+		return fmt.Errorf("%w: %w", errLost, err)
+	}
 	api := client.New(n.socket)
 	err := custody.Give(ctx, n.s.Generation.Supervisor, c, api.Takeover)
 	if err == nil {
 		err = api.Start(ctx)
 	}
+	return err
+}
+
+// errLost says that requests that the predecessor had taken may be lost: whoever
+// waits for them would hang, and could not be killed.
+var errLost = errors.New("requests in flight cannot be asked again")
+
+// waiting tells whether somebody waits for an answer, also when that cannot be known.
+func (n *successor) waiting() bool {
+	c, err := rootfs.OpenConnections()
 	if err != nil {
-		return errors.Join(err, resent)
+		return true
 	}
-	if resent != nil {
-		n.s.Note("requests in flight may hang: %v", resent)
-	}
-	return nil
+	waiting, err := c.Waiting(n.s.Generation.Dev)
+	return errors.Join(err, c.Close()) != nil || waiting > 0
 }
 
 // awaitSocket waits until a daemon listens: bind tells by the file, listen by

@@ -38,6 +38,9 @@ type Upgraded struct {
 // which the error says; when even that cannot be had, the snapshotter's recovery goes
 // on from there.
 func (u Upgrade) Run(ctx context.Context, key string, generation int) (*Upgraded, error) {
+	if !custody.Resends() {
+		return nil, errors.New("replacing a serving nydusd needs Linux 6.9 or newer: on this kernel requests in flight would be lost")
+	}
 	s, err := instance.LockSuccession(ctx, u.RunDir, key, generation)
 	if err != nil {
 		return nil, err

@@ -99,11 +99,12 @@ func (l *lab) killed(ctx context.Context, node *kit.Node, crowd *crowd) error {
 		if len(daemons) != 1 {
 			return fmt.Errorf("kill %d: %d nydusd run, want 1", n, len(daemons))
 		}
-		served := crowd.after(time.Now())
 		at := time.Now()
-		if err := unix.Kill(daemons[0].PID, unix.SIGKILL); err != nil {
-			return err
+		if err := end(daemons[0].PID); err != nil {
+			return fmt.Errorf("kill %d: %w", n, err)
 		}
+		// Not what it may have answered yet.
+		served := crowd.after(time.Now())
 		select {
 		case <-served:
 		case <-time.After(within):
@@ -119,6 +120,23 @@ func (l *lab) killed(ctx context.Context, node *kit.Node, crowd *crowd) error {
 		Target: "median ≤ 60 ms, most ≤ 500 ms, 0 failed", Met: median <= 0.06 && most <= 0.5 && crowd.failed() == 0,
 	})
 	return nil
+}
+
+// end kills a process and waits for its end.
+func end(pid int) error {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil {
+		return err
+	}
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(within/time.Millisecond))
+	if err == nil && n == 0 {
+		err = fmt.Errorf("it has not ended after %v", within)
+	}
+	return err
 }
 
 // upgraded replaces the daemon again and again. The stall is what a reader sees:

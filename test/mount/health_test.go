@@ -45,7 +45,7 @@ func TestMetadataThatCannotBeFetched(t *testing.T) {
 	if len(fault.Blobs) == 0 {
 		t.Error("it does not say which blobs")
 	}
-	if err := health.Answers(t.Context(), instance.ConfigPath(g), fault.Blobs); err == nil {
+	if err := health.Answers(t.Context(), instance.ConfigPath(g), nil, fault.Blobs); err == nil {
 		t.Error("a registry that is away answers")
 	}
 	if _, err := os.ReadFile(filepath.Join(target, "name")); !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EIO) {
@@ -70,7 +70,7 @@ func TestMetadataThatCannotBeFetched(t *testing.T) {
 	if fault, err := next.Broken(); fault != nil || err != nil {
 		t.Errorf("the next daemon: %v, %v", fault, err)
 	}
-	if err := health.Answers(t.Context(), instance.ConfigPath(e.current()), fault.Blobs); err != nil {
+	if err := health.Answers(t.Context(), instance.ConfigPath(e.current()), nil, fault.Blobs); err != nil {
 		t.Errorf("the registry is back: %v", err)
 	}
 	e.unmount(target)

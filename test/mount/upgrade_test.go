@@ -2,9 +2,11 @@ package mount_test
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -96,6 +98,39 @@ func TestUpgradeThatFails(t *testing.T) {
 	}
 	readers.end(t)
 	e.holds(img, target)
+	e.unmount(target)
+	must(t, e.tidy(soon))
+}
+
+// A successor has the environment of the daemon that was mounted, wherever it is
+// started, and nobody else can read it.
+func TestSuccessorHasTheEnvironment(t *testing.T) {
+	e := newEnv(t)
+	s, target := e.spec(small(t, "one")), e.target()
+	const proxy = "HTTPS_PROXY=http://user:canary@proxy.test:3128"
+	cmd := e.command(t.Context(), "nydus-overlayfs", s.SnapshotDir, target, "-o", e.option(s))
+	cmd.Env = append(cmd.Env, proxy, "no_proxy=registry.test")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	before := e.current()
+	if e.succeeds() {
+		_, err := e.upgrade("")
+		must(t, err)
+	} else {
+		e.kill(before.PID)
+		must(t, instance.Restart(t.Context(), runDir, e.record().Key, before.Number, startTimeout))
+	}
+	now := e.current()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", now.PID))
+	must(t, err)
+	if env := strings.Split(string(text), "\x00"); now.PID == before.PID || !slices.Contains(env, proxy) || !slices.Contains(env, "no_proxy=registry.test") || strings.Contains(string(text), "SECRET_OF_THE_POD") {
+		t.Errorf("the successor, %d after %d, has the environment %q", now.PID, before.PID, env)
+	}
+	info, err := os.Stat(filepath.Join(filepath.Dir(now.Mountpoint), "env.json"))
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("the file of the environment: %v, %v", info, err)
+	}
 	e.unmount(target)
 	must(t, e.tidy(soon))
 }

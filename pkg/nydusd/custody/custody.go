@@ -64,6 +64,22 @@ func (c *Custody) Alive() bool {
 // notifyResend is FUSE_NOTIFY_RESEND of the kernel's fuse.h.
 const notifyResend = 7
 
+// Resends tells whether the kernel can do what Resend wants, from Linux 6.9 on. To try
+// it takes a filesystem that nobody serves.
+func Resends() bool {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return false
+	}
+	return resends(unix.ByteSliceToString(name.Release[:]))
+}
+
+func resends(release string) bool {
+	var major, minor int
+	n, _ := fmt.Sscanf(release, "%d.%d", &major, &minor)
+	return n == 2 && (major > 6 || major == 6 && minor >= 9)
+}
+
 // Resend makes the kernel ask again what the dead daemon had read and not
 // answered. It must not be called while a daemon serves: that would take its next
 // answer for the end of the filesystem. Before Linux 6.9 it returns EINVAL, and
