@@ -46,11 +46,15 @@ func psCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			cfg, err := loadRunDir(c)
-			if err != nil {
-				return err
+			p := ps{runDir: c.String("run-dir"), out: c.App.Writer, errors: c.App.ErrWriter, print: print, now: time.Now}
+			// A configuration that is broken keeps nobody from looking.
+			if p.runDir == "" || c.IsSet("config") {
+				cfg, err := loadRunDir(c)
+				if err != nil {
+					return err
+				}
+				p.runDir = cfg.RunDir
 			}
-			p := ps{runDir: cfg.RunDir, out: c.App.Writer, print: print, now: time.Now}
 			if c.Bool("watch") {
 				return p.watch(c.Context)
 			}
@@ -103,6 +107,7 @@ func printerOf(c *cli.Context) (printer, error) {
 type ps struct {
 	runDir string
 	out    io.Writer
+	errors io.Writer // of --watch
 	print  printer
 	now    func() time.Time
 }
@@ -151,7 +156,10 @@ func (p ps) watch(ctx context.Context) error {
 			return werr
 		}
 		if err != nil && ctx.Err() == nil {
-			return err
+			// The next list may be whole; what there is was printed.
+			if _, err := fmt.Fprintf(p.errors, "nydus-snapshotter: ps: %v\n", err); err != nil {
+				return err
+			}
 		}
 		select {
 		case <-tick.C:

@@ -253,7 +253,7 @@ func (w *Watch) act(ctx context.Context, d *daemon, cause string, waiting int) {
 // kill lets a successor take over. A daemon that does not even end is aborted the
 // next time.
 func (w *Watch) kill(d *daemon, log *slog.Logger) {
-	log.Warn("nydusd hangs and is killed; its successor goes on")
+	log.Warn("nydusd hangs and is killed; its successor goes on", "event", "hang")
 	p, err := nydusd.Find(d.g.PID, d.g.StartTime)
 	if err == nil && p != nil {
 		err = errors.Join(p.Abandon(), p.Close())
@@ -269,9 +269,9 @@ func (w *Watch) abort(ctx context.Context, d *daemon, log *slog.Logger, cause st
 	switch {
 	case errors.Is(err, instance.ErrGone), errors.Is(err, fs.ErrNotExist):
 	case err != nil && ctx.Err() == nil:
-		log.Error("nydusd hangs and could not be aborted", "error", err, "took", time.Since(started))
+		log.Error("nydusd hangs and could not be aborted", "event", "hang", "error", err, "took", time.Since(started))
 	case err == nil:
-		log.Error("nydusd hangs and was aborted: its containers fail, new ones get another nydusd", "took", time.Since(started))
+		log.Error("nydusd hangs and was aborted: its containers fail, new ones get another nydusd", "event", "hang", "took", time.Since(started))
 	}
 }
 
@@ -307,10 +307,10 @@ func (w *Watch) take(answers map[string]error) {
 		case errors.Is(err, probe.ErrNoAnswer):
 			if d.silent.IsZero() {
 				d.silent = now
-				d.log.Warn("nydusd does not answer; is its registry reachable? New containers of the image fail meanwhile", "error", err)
+				d.log.Warn("nydusd does not answer; is its registry reachable? New containers of the image fail meanwhile", "event", "silent", "error", err)
 			}
 		case err == nil && !d.silent.IsZero():
-			d.log.Info("nydusd answers again", "after", now.Sub(d.silent))
+			d.log.Info("nydusd answers again", "event", "answers", "after", now.Sub(d.silent))
 			d.silent = time.Time{}
 		}
 	}

@@ -272,7 +272,8 @@ func (r *Reconciler) linger(i *Instance) (time.Duration, error) {
 		return time.Hour, err
 	}
 	delete(r.foreign, key)
-	r.cfg.Log.Info("release idle instance", "event", "release", "instance", key, "image", i.rec.Image, "pid", i.rec.Current.PID)
+	r.cfg.Log.Info("release idle instance", "event", "release", "instance", key, "image", i.rec.Image, "pid", i.rec.Current.PID,
+		"after", r.cfg.Now().Sub(i.rec.Current.Started).Round(time.Millisecond))
 	return time.Hour, i.retire()
 }
 

@@ -288,17 +288,20 @@ func describe(status unix.WaitStatus) string {
 	return fmt.Sprintf("exit status %d", status.ExitStatus())
 }
 
-// Reap describes how a child of ours has ended that nobody waited for; empty for any
-// other process.
+// Reap is Exit for a process that Find does not find any more, if its parent, which we
+// may be, has not taken note of its end.
 func Reap(pid int, start uint64) string {
-	var status unix.WaitStatus
 	if now, err := startTime(pid); err != nil || now != start {
 		return ""
 	}
-	if got, err := unix.Wait4(pid, &status, unix.WNOHANG, nil); err != nil || got != pid {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
 		return ""
 	}
-	return describe(status)
+	defer unix.Close(fd)
+	p := Process{PID: pid, StartTime: start, FD: fd}
+	p.Wait(time.Now().Add(reapWait)) // threads of it may still be ending
+	return p.Exit()
 }
 
 // pidfdInfo is the kernel's struct pidfd_info (linux/pidfd.h), its first version.

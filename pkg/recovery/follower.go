@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/nydusfs/nydus-snapshotter/pkg/health"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
@@ -30,6 +32,7 @@ type follower struct {
 	// have lived for a short time only; since is when the present one was met.
 	failures, short int
 	since           time.Time
+	met             int // its PID
 	// health tells whether the present one is broken, which broken says was
 	// reported; left that nothing more can be done about it.
 	health       *health.Log
@@ -75,7 +78,7 @@ func (f *follower) run(ctx context.Context) {
 		if p == nil {
 			how = nydusd.Reap(f.g.PID, f.g.StartTime)
 		} else {
-			f.since, f.ooms = time.Now(), f.oomKills()
+			f.met, f.since, f.ooms = f.g.PID, time.Now(), f.oomKills()
 			ended := f.attend(ctx, p) || p.Wait(time.Now())
 			how = p.Exit()
 			_ = p.Close()
@@ -314,8 +317,9 @@ func (f *follower) ended(ctx context.Context, how string) (further bool) {
 	if f.oomKills() > f.ooms {
 		cause = "killed at its memory limit"
 	}
-	f.starve(cause != "unknown", started)
-	f.log.Warn("nydusd has died", "event", "death", "pid", f.g.PID, "exit", how, "cause", cause, "kept", f.kept() != nil)
+	oom := cause != "unknown"
+	f.starve(oom, started)
+	f.log.Warn("nydusd has died", "event", "death", "pid", f.g.PID, "exit", how, "cause", cause, "kept", f.kept() != nil, "lived", f.lived(started))
 	if f.r.cfg.Policy == PolicyNone {
 		return false
 	}
@@ -326,7 +330,19 @@ func (f *follower) ended(ctx context.Context, how string) (further bool) {
 			return true
 		}
 	}
-	return f.recover(ctx, s, started)
+	return f.recover(ctx, s, started, !oom && (how == "" || how == sigkill))
+}
+
+// sigkill is how a process ends that somebody kills: no crash of its own.
+var sigkill = "killed by " + unix.SignalName(unix.SIGKILL)
+
+// lived is how long the dead daemon was followed; zero for one that was dead when it
+// was looked for.
+func (f *follower) lived(now time.Time) time.Duration {
+	if f.met != f.g.PID {
+		return 0
+	}
+	return now.Sub(f.since).Round(time.Millisecond)
 }
 
 // starve counts daemons that cannot live with their memory limit. What they were
@@ -493,14 +509,19 @@ func (f *follower) forgo(ctx context.Context) {
 }
 
 // recover brings the generation back, and tells whether it is to be followed
-// further.
-func (f *follower) recover(ctx context.Context, s *instance.Succession, started time.Time) (further bool) {
-	if started.Sub(f.since) >= shortLife {
+// further. killed says that the daemon's death was somebody else's doing.
+func (f *follower) recover(ctx context.Context, s *instance.Succession, started time.Time, killed bool) (further bool) {
+	short, deaths := shortLife, 0
+	if killed {
+		short = killedLife
+	} else {
+		deaths = f.r.died(f.rec.Key, started)
+	}
+	if f.lived(started) >= short {
 		f.short = 0
 	} else if f.failures == 0 {
 		f.short++
 	}
-	deaths := f.r.died(f.rec.Key, started)
 	if deaths > maxDeaths || f.short > maxDeaths || f.starved > maxDeaths || f.failures >= maxDeaths {
 		f.giveUp(ctx, deaths)
 		return false
@@ -568,7 +589,7 @@ func (f *follower) succeed(ctx context.Context, s *instance.Succession, c *custo
 // giveUp ends a crash loop.
 func (f *follower) giveUp(ctx context.Context, deaths int) {
 	f.log.Error("nydusd keeps dying and is given up; its containers fail, new ones get a new nydusd",
-		"event", "given up", "deaths", deaths, "within", deathWindow, "failed successors", f.failures)
+		"event", "given up", "deaths", deaths, "within", deathWindow, "short lives", f.short, "failed successors", f.failures)
 	f.forgo(ctx)
 	if err := instance.Retire(context.WithoutCancel(ctx), f.r.cfg.RunDir, f.rec.Key, f.g.Number); err != nil {
 		f.log.Error("take a daemon that is given up out of use", "error", err)

@@ -55,14 +55,18 @@ type Config struct {
 const (
 	// maxStarts bounds how many daemons are started at a time.
 	maxStarts = 4
-	// More than maxDeaths in deathWindow, or as many successors in a row that
-	// failed, are a crash loop, which is given up.
+	// More than maxDeaths in deathWindow by its own fault, or as many in a row that
+	// came soon, or successors in a row that failed, are a crash loop, which is given
+	// up.
 	maxDeaths   = 5
 	deathWindow = 10 * time.Second
 	// firstBackoff is the wait before a start after a daemon that has lived for
 	// less than shortLife; it doubles with each.
 	firstBackoff = 200 * time.Millisecond
 	shortLife    = time.Second
+	// killedLife is shortLife for one that somebody has killed: what makes a daemon
+	// crash is asked of its successor at once, while whoever kills may do so again.
+	killedLife = 100 * time.Millisecond
 	// fedLife is what a daemon must live at least that was killed at its memory
 	// limit, so that the limit is not too small for what is asked of it. More than
 	// maxDeaths in a row that do not are a crash loop.

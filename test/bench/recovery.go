@@ -24,10 +24,9 @@ const (
 	recoveryName = "kill, upgrade and hang of nydusd"
 	watchName    = "watching and starting with many"
 
-	// kills and readers are the conditions of the failover figures; the kills are
-	// further apart than what counts as a crash loop.
+	// kills and readers are the conditions of the failover figures.
 	kills     = 50
-	killEvery = 2500 * time.Millisecond
+	killEvery = 500 * time.Millisecond
 	readers   = 8
 	upgrades  = 20
 	// What the node has when watching is measured.

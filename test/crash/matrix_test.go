@@ -55,7 +55,8 @@ func cells() []cell {
 	return list
 }
 
-// sample chooses cells so that each two values of different axes meet in one.
+// sample chooses cells so that each two values of different axes meet in one, and
+// each death of a daemon meets a successor in each mode.
 func sample(all []cell, random *rand.Rand) []cell {
 	type pair [2]string
 	pairs := func(c cell) []pair {
@@ -65,6 +66,9 @@ func sample(all []cell, random *rand.Rand) []cell {
 			for _, b := range values[i+1:] {
 				list = append(list, pair{a, b})
 			}
+		}
+		if c.victim.daemon && c.setup.succeeds() {
+			list = append(list, pair{c.victim.name + " succeeded", c.setup.mode})
 		}
 		return list
 	}

@@ -18,9 +18,6 @@ import (
 const (
 	maxImages     = 3
 	maxContainers = 5
-	// maxDeaths is how often the daemon of one image may die: more within a minute
-	// are a crash loop.
-	maxDeaths = 4
 )
 
 // soak is a node on which everything happens, and what should be there.
@@ -29,14 +26,11 @@ type soak struct {
 	images []*soaked
 	boxes  []*box
 	n      int // of containers
-	// upgrades says that there is a command for it.
-	upgrades bool
 }
 
 // soaked is an image on the node.
 type soaked struct {
 	containerd.Image
-	deaths int
 }
 
 // box is a container.
@@ -70,10 +64,10 @@ func deeds() []deed {
 		{"snapshotter KILL", 2, nil, func(s *soak) { s.restartSnapshotter(unix.SIGKILL) }},
 		{"containerd TERM", 1, nil, func(s *soak) { s.restartContainerd(s.node.StopContainerd) }},
 		{"containerd KILL", 1, nil, func(s *soak) { s.restartContainerd(s.node.KillContainerd) }},
-		{"nydusd KILL", 6, func(s *soak) bool { return len(s.mortal()) > 0 }, (*soak).killDaemon},
+		{"nydusd KILL", 6, func(s *soak) bool { return len(s.served()) > 0 }, (*soak).killDaemon},
 		{"nydusd STOP", 2, anyRuns, (*soak).pauseDaemon},
 		{"holder KILL", 2, nil, func(s *soak) { s.endOne("holder", isHolder) }},
-		{"upgrade", 2, func(s *soak) bool { return s.upgrades && len(s.which(true)) > 0 }, (*soak).upgrade},
+		{"upgrade", 2, anyRuns, (*soak).upgrade},
 		{"nothing", 2, nil, func(s *soak) { s.moment(time.Second) }},
 	}
 }
@@ -87,7 +81,6 @@ func TestSoak(t *testing.T) {
 	config := setup{daemonNew, []string{"helper", "managed"}[random.IntN(2)], dedicated}
 	reg := newDepot(t)
 	s := &soak{lab: newLab(t, config, reg, random, "")}
-	s.upgrades = s.node.Command(t.Context(), "nydus-snapshotter", "daemon", "upgrade", "--help").Run() == nil
 	counts := map[string]int{}
 	defer func() {
 		s.watch.verdict()
@@ -157,11 +150,11 @@ func (s *soak) unused() []*soaked {
 	return list
 }
 
-// mortal are the images that are served, and whose daemon may die once more.
-func (s *soak) mortal() []*soaked {
+// served are the images that are served.
+func (s *soak) served() []*soaked {
 	var list []*soaked
 	for _, b := range s.which(true) {
-		if b.img.deaths < maxDeaths && !slices.Contains(list, b.img) {
+		if !slices.Contains(list, b.img) {
 			list = append(list, b.img)
 		}
 	}
@@ -326,8 +319,7 @@ func (s *soak) restartContainerd(stop func() error) {
 
 // killDaemon kills what serves an image. It does not wait for its successor.
 func (s *soak) killDaemon() {
-	img := pick(s, s.mortal())
-	img.deaths++
+	img := pick(s, s.served())
 	s.kept(img.Image)
 	s.until("kill what serves "+img.Name(), func(context.Context) error {
 		g, err := s.serving(img.Image)

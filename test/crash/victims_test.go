@@ -23,8 +23,7 @@ type victim struct {
 	name string
 	// daemon says that a nydusd dies.
 	daemon bool
-	// each is how many kills one image has to stand. A daemon that dies more than
-	// five times in a minute is given up.
+	// each is how many kills one image has to stand.
 	each   int
 	strike func(r *round)
 }
@@ -34,13 +33,13 @@ func victims() []victim {
 	return []victim{
 		{"helper", false, 10, (*round).killHelper},
 		{"hook", false, 10, (*round).killHook},
-		{"nydusd", true, 4, (*round).killDaemon},
+		{"nydusd", true, 10, (*round).killDaemon},
 		{"snapshotter", false, 10, (*round).killSnapshotter},
-		{"nydusd+snapshotter", true, 4, (*round).killDaemonAndSnapshotter},
+		{"nydusd+snapshotter", true, 10, (*round).killDaemonAndSnapshotter},
 		{"containerd", false, 10, (*round).killContainerd},
 		{"shim", false, 10, (*round).killShim},
 		{"holder", false, 10, (*round).killHolder},
-		{"holder+nydusd", true, 4, (*round).killHolderAndDaemon},
+		{"holder+nydusd", true, 10, (*round).killHolderAndDaemon},
 	}
 }
 

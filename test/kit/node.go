@@ -13,6 +13,7 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -269,11 +270,28 @@ func (n *Node) StartContainerd(ctx context.Context) error {
 	} else if err := n.client.Reconnect(); err != nil {
 		return fmt.Errorf("reconnect to containerd: %w", err)
 	}
-	// The socket is there before the services are.
-	if _, err := n.client.Version(ctx); err != nil {
+	if err := n.answers(ctx); err != nil {
 		return fmt.Errorf("containerd does not answer: %w\n%s", err, tail(n.ContainerdLog(), 20))
 	}
 	return n.criReady(ctx)
+}
+
+// answers waits until containerd does: the socket is there before the services are,
+// and the client may have begun with that of a containerd that was killed.
+func (n *Node) answers(ctx context.Context) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(settle); ; {
+		_, err := n.client.Version(ctx)
+		if !errdefs.IsUnavailable(err) || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 // StopContainerd stops containerd with SIGTERM; containers keep running.

@@ -116,7 +116,7 @@ func (s *succession) served() bool {
 }
 
 // atEveryStep plays a succession again and again, each time with a kill one step
-// later. Each begins with a daemon of its own: many deaths of one are a crash loop.
+// later.
 func (s *succession) atEveryStep(least int, play func() (struck bool)) {
 	s.t.Helper()
 	struck, turn := 0, seed(s.t).IntN(len(strikes))
