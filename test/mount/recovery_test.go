@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
 	"github.com/nydusfs/nydus-snapshotter/pkg/recovery"
@@ -343,4 +345,55 @@ func (e *env) restarts(policy recovery.Policy) *recoverer {
 	must(t, e.tidy(soon))
 	r.stop()
 	return r
+}
+
+// The registry is away while a daemon is replaced, by death and by upgrade: what is
+// cached is read on, what is not fails within its bound, and all is well when it is
+// back.
+func TestRegistryGoneDuringTakeover(t *testing.T) {
+	for name, mode := range map[string]mountspec.Mode{"dedicated": mountspec.ModeDedicated, "shared": mountspec.ModeShared} {
+		t.Run(name, func(t *testing.T) {
+			reg := kit.NewRegistry(t, kit.RegistryOptions{})
+			e := newEnv(t)
+			if !e.succeeds() {
+				return // see TestFailover
+			}
+			e.mode = mode
+			img := odd(t)
+			reg.MustPush(t, img.Image, "away/image:1")
+			s := e.registrySpec(img, reg, "away/image")
+			s.Config = strings.Replace(s.Config, `"retry_limit":2`, `"retry_limit":0`, 1)
+			r := e.recover(recovery.PolicyFailover, true)
+			target := e.mustMount(s)
+			served := func() (key string, g instance.Generation) {
+				rec := e.record()
+				if mode == mountspec.ModeShared {
+					rec = e.pool()
+				}
+				return rec.Key, *rec.Current
+			}
+			within(t, "the daemon's descriptor is kept, with its image", func() bool { _, g := served(); return g.Kept && g.KeptRevision == g.Revision })
+			cached := filepath.Join(target, "odd/modes")
+			readers := e.read(cached, 2) // they have read all of it once
+			reg.SetHook(func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
+				w.WriteHeader(http.StatusServiceUnavailable)
+			})
+			key, before := served()
+			e.kill(before.PID)
+			within(t, "a successor", func() bool { _, g := served(); return g.Restarts == 1 })
+			if _, err := e.upgradeOf(key, before.Number); err != nil {
+				t.Errorf("an upgrade while the registry is away: %v", err)
+			}
+			readers.end(t)
+			reg.SetHook(nil)
+			e.holds(img, target)
+			if _, g := served(); g.Restarts != 2 || g.Failed {
+				t.Errorf("in the end %+v serves, want two successors", g)
+			}
+			e.unmount(target)
+			must(t, e.tidy(soon))
+			r.stop()
+			e.holderEnds()
+		})
+	}
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
 	"github.com/nydusfs/nydus-snapshotter/pkg/recovery"
+	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
 
 func (e *env) upgrade(path string) (*recovery.Upgraded, error) {
@@ -309,4 +310,78 @@ func TestNobodyWaitsForWhatIsNotBroughtBack(t *testing.T) {
 			r.stop()
 		})
 	}
+}
+
+// Several are replaced one after the other, up to the first failure; the others serve
+// on. What is there then is succeeded by what it was replaced with.
+func TestUpgradeOfSeveral(t *testing.T) {
+	e := newEnv(t)
+	if !e.succeeds() {
+		return // see TestUpgrade
+	}
+	program := filepath.Join(kit.Binaries(t, "nydus-snapshotter"), "nydus-snapshotter")
+	upgrade := func(args ...string) (string, error) {
+		out, err := e.command(t.Context(), program, append([]string{"daemon", "upgrade", "--run-dir", runDir}, args...)...).CombinedOutput()
+		return string(out), err
+	}
+	r := e.recover(recovery.PolicyFailover, true)
+	var targets []string
+	for _, name := range []string{"a", "b", "c"} {
+		s := e.spec(tiny(t, name))
+		s.Image = "registry.test/" + name // they are replaced in this order
+		targets = append(targets, e.mustMount(s))
+	}
+	generations := func() map[string]instance.Generation {
+		all := map[string]instance.Generation{}
+		images, _ := e.records()
+		for _, rec := range images {
+			all[rec.Image] = *rec.Current
+		}
+		return all
+	}
+	within(t, "all three are kept", func() bool {
+		for _, g := range generations() {
+			if !g.Kept {
+				return false
+			}
+		}
+		return true
+	})
+	readers := e.read(targets[1], 2)
+	before := generations()
+	count := filepath.Join(t.TempDir(), "count")
+	out, err := upgrade("--all", "--nydusd", e.wrapper(fmt.Sprintf(`[ ! -e '%[1]s' ] || exit 3; : > '%[1]s'; exec '%[2]s' "$@"`, count, e.tools.Nydusd)))
+	now := generations()
+	if err == nil || !strings.Contains(out, "stopped after 1 of 3: image registry.test/b") || !strings.Contains(out, "exit status 3") {
+		t.Errorf("an upgrade whose second fails: %v, %s", err, out)
+	}
+	for image, g := range before {
+		if replaced := now[image].PID != g.PID; replaced != strings.HasSuffix(image, "/a") {
+			t.Errorf("%s: nydusd %d, then %d", image, g.PID, now[image].PID)
+		}
+	}
+	other := filepath.Join(t.TempDir(), "nydusd-new")
+	text, err := os.ReadFile(e.tools.Nydusd)
+	must(t, err)
+	must(t, os.WriteFile(other, text, 0o755))
+	out, err = upgrade("--all", "--nydusd", other)
+	if lines := strings.Split(strings.TrimSpace(out), "\n"); err != nil || len(lines) != 3 || !strings.HasPrefix(lines[0], "1/3 ") || !strings.HasPrefix(lines[2], "3/3 ") {
+		t.Errorf("an upgrade of three: %v, %s", err, out)
+	}
+	g := generations()["registry.test/b"]
+	e.kill(g.PID)
+	within(t, "a successor", func() bool { return generations()["registry.test/b"].Restarts == g.Restarts+1 })
+	for image, g := range generations() {
+		exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", g.PID))
+		if err != nil || exe != other || g.Nydusd != other {
+			t.Errorf("%s is served by %s (%v), the record says %s", image, exe, err, g.Nydusd)
+		}
+	}
+	readers.end(t)
+	for _, target := range targets {
+		e.unmount(target)
+	}
+	must(t, e.tidy(soon))
+	r.stop()
+	e.holderEnds()
 }
