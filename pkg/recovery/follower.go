@@ -28,11 +28,12 @@ type follower struct {
 
 	// g is the generation as it was last read; only run changes it.
 	g instance.Generation
-	// failures counts successors that failed in a row, short those daemons that
-	// have lived for a short time only; since is when the present one was met.
-	failures, short int
-	since           time.Time
-	met             int // its PID
+	// failures counts successors that failed in a row, cut those that somebody has
+	// killed, short those daemons that have lived for a short time only; since is when
+	// the present one was met.
+	failures, cut, short int
+	since                time.Time
+	met                  int // its PID
 	// health tells whether the present one is broken, which broken says was
 	// reported; left that nothing more can be done about it.
 	health       *health.Log
@@ -519,14 +520,14 @@ func (f *follower) recover(ctx context.Context, s *instance.Succession, started 
 	}
 	if f.lived(started) >= short {
 		f.short = 0
-	} else if f.failures == 0 {
+	} else if f.failures+f.cut == 0 {
 		f.short++
 	}
-	if deaths > maxDeaths || f.short > maxDeaths || f.starved > maxDeaths || f.failures >= maxDeaths {
+	if deaths > maxDeaths || f.short > maxDeaths || f.starved > maxDeaths || f.failures >= maxDeaths || f.cut >= maxCut {
 		f.giveUp(ctx, deaths)
 		return false
 	}
-	if n := f.short + f.failures; n > 0 {
+	if n := f.short + f.failures + min(f.cut, 1); n > 0 {
 		wait(ctx, firstBackoff<<(n-1))
 	}
 	select {
@@ -548,12 +549,16 @@ func (f *follower) recover(ctx context.Context, s *instance.Succession, started 
 	}
 	if err != nil {
 		if ctx.Err() == nil {
-			f.failures++
+			if errors.Is(err, errKilled) {
+				f.cut++
+			} else {
+				f.failures++
+			}
 			f.log.Error("successor of nydusd failed", "event", "takeover failed", "error", err)
 		}
 		return true
 	}
-	f.failures = 0
+	f.failures, f.cut = 0, 0
 	f.served()
 	f.reportUnmet()
 	f.log.Info("nydusd was succeeded", "event", "takeover", "pid", f.g.PID, "restarts", f.g.Restarts, "took", time.Since(started))
@@ -589,7 +594,7 @@ func (f *follower) succeed(ctx context.Context, s *instance.Succession, c *custo
 // giveUp ends a crash loop.
 func (f *follower) giveUp(ctx context.Context, deaths int) {
 	f.log.Error("nydusd keeps dying and is given up; its containers fail, new ones get a new nydusd",
-		"event", "given up", "deaths", deaths, "within", deathWindow, "short lives", f.short, "failed successors", f.failures)
+		"event", "given up", "deaths", deaths, "within", deathWindow, "short lives", f.short, "failed successors", f.failures+f.cut)
 	f.forgo(ctx)
 	if err := instance.Retire(context.WithoutCancel(ctx), f.r.cfg.RunDir, f.rec.Key, f.g.Number); err != nil {
 		f.log.Error("take a daemon that is given up out of use", "error", err)

@@ -67,6 +67,9 @@ const (
 	// killedLife is shortLife for one that somebody has killed: what makes a daemon
 	// crash is asked of its successor at once, while whoever kills may do so again.
 	killedLife = 100 * time.Millisecond
+	// maxCut is how many successors in a row may be killed by somebody before they
+	// serve.
+	maxCut = 50
 	// fedLife is what a daemon must live at least that was killed at its memory
 	// limit, so that the limit is not too small for what is asked of it. More than
 	// maxDeaths in a row that do not are a crash loop.

@@ -4,8 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
@@ -48,6 +49,9 @@ func (n *successor) take(ctx context.Context, c *custody.Custody) (record func(*
 	ctx, cancel := n.bounded(ctx)
 	defer cancel()
 	if err := n.handOver(ctx, c); err != nil {
+		if n.p.Wait(time.Now().Add(deathWait)) {
+			err = fmt.Errorf("%w; nydusd %d %w", err, n.p.PID, ended(n.p))
+		}
 		return nil, errors.Join(err, end(n.p))
 	}
 	return func(g *instance.Generation) {
@@ -98,9 +102,24 @@ func awaitSocket(ctx context.Context, p *nydusd.Process, socket string) error {
 			return fmt.Errorf("nydusd %d does not listen on %s: %w", p.PID, socket, context.Cause(ctx))
 		}
 		if p.Wait(time.Now()) {
-			return fmt.Errorf("nydusd %d ended before it listened: %s: %w", p.PID, p.Exit(), os.ErrProcessDone)
+			return fmt.Errorf("nydusd %d %w before it listened", p.PID, ended(p))
 		}
 	}
+}
+
+// errKilled says that somebody has killed a daemon.
+var errKilled = errors.New("was killed by " + unix.SignalName(unix.SIGKILL))
+
+// deathWait is how long the end of a process may come after that of its connections.
+const deathWait = 50 * time.Millisecond
+
+// ended says how a process has ended.
+func ended(p *nydusd.Process) error {
+	how := p.Exit()
+	if how == sigkill {
+		return errKilled
+	}
+	return fmt.Errorf("ended (%s)", how)
 }
 
 // end ends a successor that came to nothing.
