@@ -208,6 +208,9 @@ func (r *report) publish(o options) error {
 		}
 		dir = filepath.Join(top, "docs")
 	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
 	files := map[string][]byte{"benchmarks.md": text}
 	if len(r.Results) > 0 {
 		svg, err := r.plot()

@@ -167,8 +167,8 @@ func exchange(ctx context.Context, path string, trigger func(context.Context) er
 		served <- err
 	}()
 	if err := trigger(ctx); err != nil {
-		l.Close()
-		return errors.Join(err, ignoreClosed(<-served))
+		// It may have connected before, and not be accepted yet.
+		return errors.Join(err, l.SetDeadline(time.Now().Add(grace)), ignoreNobody(<-served))
 	}
 	select {
 	case err := <-served:
@@ -188,8 +188,12 @@ func exchange(ctx context.Context, path string, trigger func(context.Context) er
 	return err
 }
 
-func ignoreClosed(err error) error {
-	if errors.Is(err, net.ErrClosed) {
+// grace is how long one that connected is waited for after the call has failed.
+const grace = 50 * time.Millisecond
+
+// ignoreNobody is nil for the error that nobody has connected.
+func ignoreNobody(err error) error {
+	if errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
 		return nil
 	}
 	return err
