@@ -17,7 +17,7 @@ var (
 	tryOf = func(b string) string {
 		return "\t\"failed to read metadata for blob " + b + " from backend, Request(ErrorWithMsg(\\\"\\\"))\"\n"
 	}
-	ours      = "[2026-11-28T03:15:00Z] mount helper: starts nydusd /usr/local/bin/nydusd\n"
+	ours      = "[2026-11-28T03:15:00Z] INFO mount helper: starts nydusd /usr/local/bin/nydusd\n"
 	try24     = "[2026-11-28 03:15:10.404621 +00:00] WARN [nydus_storage::meta:775] failed to read metadata for blob " + blob + " from backend, Request(ErrorWithMsg(\"\")), retry read metadata\n"
 	end24     = "[2026-11-28 03:15:51.000000 +00:00] WARN [nydus_storage::cache::cachedfile:106] failed to get blob.meta\n"
 	temporary = "[2026-11-28 02:24:43.351588 +00:00] INFO temporarily failed to get blob.meta, Input/output error (os error 5)\n"

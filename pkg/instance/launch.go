@@ -384,7 +384,7 @@ func OOMKills(key string, g Generation) (int, error) { return cgroupOf(key, g).O
 
 // announce writes into a daemon's log that another one begins.
 func announce(log *os.File, path string) {
-	fmt.Fprintf(log, "[%s] %s%s\n", time.Now().UTC().Format(time.RFC3339), nydusd.Starts, path)
+	fmt.Fprintf(log, "[%s] INFO %s%s\n", time.Now().UTC().Format(time.RFC3339), nydusd.Starts, path)
 }
 
 // warn writes into a daemon's log what could not be arranged for it.

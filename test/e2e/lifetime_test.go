@@ -363,7 +363,9 @@ func TestDaemonKilledWhileIdle(t *testing.T) {
 	r := kit.NewRegistry(t, kit.RegistryOptions{})
 	ref, want := smallNydus(t, r, "idle")
 	eachStyle(t, func(t *testing.T, s style) {
-		n := s.node(t, kit.NodeConfig{Config: linger("1h")})
+		config := linger("1h")
+		config["daemon.recover_policy"] = "none" // else there is another before it is wanted
+		n := s.node(t, kit.NodeConfig{Config: config})
 		img := pull(t, n, ref)
 		for range 3 {
 			c := run(t, n, img, "one", kit.RunOptions{})
