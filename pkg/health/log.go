@@ -133,7 +133,7 @@ func (l *Log) moved(f *os.File, info os.FileInfo) bool {
 
 func (l *Log) take(line string) {
 	switch {
-	case strings.Contains(line, nydusd.Starts), strings.Contains(line, began):
+	case starts(line), strings.Contains(line, began):
 		l.tries, l.broken, l.given = nil, nil, false
 	case strings.Contains(line, tried):
 		_, rest, _ := strings.Cut(line, tried)
@@ -145,6 +145,12 @@ func (l *Log) take(line string) {
 		l.given = true
 		l.broken = slices.Clone(l.tries)
 	}
+}
+
+// starts tells whether a line is ours, and not one of a daemon that quotes it.
+func starts(line string) bool {
+	_, text, _ := strings.Cut(line, "] INFO ")
+	return strings.HasPrefix(line, "[") && strings.HasPrefix(text, nydusd.Starts)
 }
 
 // isBlob tells whether a text is a blob's id. What stands in a log may be an

@@ -23,9 +23,10 @@ import (
 const askTimeout = 10 * time.Second
 
 // Answers returns nil when the backend of a daemon's configuration, its file's path,
-// in the daemon's environment, gives out the blobs, or at least says that it lives when there are none: so a
-// daemon that is started now will fetch their metadata. A backend other than a
-// registry or a directory is taken to answer. The error says what is wrong with it.
+// in the daemon's environment, gives out the blobs, or at least says that it lives
+// when there are none: so a daemon that is started now will fetch their metadata. A
+// backend other than a registry or a directory is taken to answer. The error says what
+// is wrong with it.
 func Answers(ctx context.Context, config string, env, blobs []string) error {
 	text, err := os.ReadFile(filepath.Clean(config))
 	if err != nil {

@@ -70,14 +70,11 @@ func lowerMount(table rootfs.Table, overlay rootfs.Mount) (rootfs.Mount, bool) {
 // although target is still mounted. The hook calls it before the runtime
 // unmounts a container's root filesystem.
 func Release(ctx context.Context, runDir, key, target string) error {
-	i, err := open(ctx, dirOf(runDir, key), openExisting, 0)
-	if errors.Is(err, errGone) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer i.Close()
+	return unlessGone(locked(ctx, runDir, key, func(i *Instance) error { return i.releaseUnless(ctx, target) }))
+}
+
+// releaseUnless releases the instance unless somebody beside target uses it.
+func (i *Instance) releaseUnless(ctx context.Context, target string) error {
 	x, err := readMounts()
 	if err != nil {
 		return err
@@ -107,14 +104,10 @@ func Release(ctx context.Context, runDir, key, target string) error {
 // lies on, because it does not answer: the next mount starts a new daemon. One
 // that has been replaced since is left alone.
 func Replace(ctx context.Context, runDir, key, target string) error {
-	i, err := open(ctx, dirOf(runDir, key), openExisting, 0)
-	if errors.Is(err, errGone) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer i.Close()
+	return unlessGone(locked(ctx, runDir, key, func(i *Instance) error { return i.replaceBeneath(target) }))
+}
+
+func (i *Instance) replaceBeneath(target string) error {
 	x, err := readMounts()
 	if err != nil {
 		return err

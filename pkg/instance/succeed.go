@@ -173,12 +173,6 @@ func (s *Succession) Close() error {
 	return errors.Join(err, s.lock.Close())
 }
 
-// Note writes a line into the daemon's log.
-func (s *Succession) Note(format string, args ...any) {
-	i := Instance{rec: *s.Record}
-	i.note(format, args...)
-}
-
 // Start starts a daemon, of the executable at path, that is going to take the
 // generation over, and returns where its API will be. It changes no record: write
 // down what came of it with Change. Until then Orphans finds it.

@@ -174,7 +174,7 @@ func (f *follower) look(ctx context.Context) {
 	}
 	if !f.broken {
 		f.broken = true
-		f.log.Error("nydusd serves errors; it is replaced once its registry answers", "event", "broken", "pid", f.g.PID, "error", fault)
+		f.log.Error("nydusd serves errors; unless recover_policy is none it is replaced once its registry answers", "event", "broken", "pid", f.g.PID, "error", fault)
 	}
 	if f.r.cfg.Policy == PolicyNone {
 		return
@@ -208,7 +208,7 @@ func (f *follower) answered(ctx context.Context, fault *health.Fault) error {
 		return err
 	}
 	configs := instance.ConfigPaths(f.r.cfg.RunDir, f.rec.Key, f.g)
-	any := func(blobs []string) error {
+	one := func(blobs []string) error {
 		err := errors.New("nobody uses it any more")
 		for _, config := range configs {
 			if err = health.Answers(ctx, config, env, blobs); err == nil || ctx.Err() != nil {
@@ -218,10 +218,10 @@ func (f *follower) answered(ctx context.Context, fault *health.Fault) error {
 		return err
 	}
 	if len(fault.Blobs) == 0 {
-		return any(nil)
+		return one(nil)
 	}
 	for _, blob := range fault.Blobs {
-		if err := any([]string{blob}); err != nil {
+		if err := one([]string{blob}); err != nil {
 			return err
 		}
 	}

@@ -33,7 +33,8 @@ type Policy string
 
 // The policies.
 const (
-	// PolicyNone tells what happens and does nothing: the next mount of the image starts a new daemon.
+	// PolicyNone tells what happens and does nothing: the next mount of the image
+	// starts a new daemon.
 	PolicyNone Policy = "none"
 	// PolicyRestart starts a new one at once. What is mounted keeps failing.
 	PolicyRestart Policy = "restart"
@@ -87,9 +88,9 @@ type Recovery struct {
 
 	mu       sync.Mutex
 	followed map[string]*follower
-	// left are the daemons of generations that are not followed any more, and are
-	// not gone.
-	left map[string]int
+	// done are the daemons of generations of which all was done, and that are not
+	// gone.
+	done map[string]int
 	// deaths are the last ones of each instance.
 	deaths map[string][]time.Time
 	// unable are the executables that were reported as unable to be succeeded.
@@ -101,7 +102,7 @@ type Recovery struct {
 func New(cfg Config) *Recovery {
 	return &Recovery{
 		cfg: cfg, starts: make(chan struct{}, maxStarts),
-		followed: map[string]*follower{}, deaths: map[string][]time.Time{}, unable: map[string]bool{}, left: map[string]int{},
+		followed: map[string]*follower{}, deaths: map[string][]time.Time{}, unable: map[string]bool{}, done: map[string]int{},
 	}
 }
 
@@ -184,13 +185,13 @@ func (r *Recovery) look(ctx context.Context, all *sync.WaitGroup) (pending bool)
 	return pending
 }
 
-// forget forgets what was left of instances that are gone.
+// forget forgets what was done about instances that are gone.
 func (r *Recovery) forget(present map[string]bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for name := range r.left {
+	for name := range r.done {
 		if key, _, _ := strings.Cut(name, "."); !present[key] {
-			delete(r.left, name)
+			delete(r.done, name)
 		}
 	}
 }
@@ -201,7 +202,7 @@ func (r *Recovery) follow(ctx context.Context, all *sync.WaitGroup, rec *instanc
 	name := fmt.Sprintf("%s.g%d.%d", rec.Key, g.Number, g.Started.UnixNano())
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if pid, ok := r.left[name]; ok && pid == g.PID {
+	if pid, ok := r.done[name]; ok && pid == g.PID {
 		return
 	}
 	if f, ok := r.followed[name]; ok {
@@ -218,7 +219,9 @@ func (r *Recovery) follow(ctx context.Context, all *sync.WaitGroup, rec *instanc
 		f.run(ctx)
 		r.mu.Lock()
 		delete(r.followed, name)
-		r.left[name] = f.g.PID
+		if ctx.Err() == nil { // otherwise another Run goes on
+			r.done[name] = f.g.PID
+		}
 		r.mu.Unlock()
 	})
 }

@@ -397,3 +397,39 @@ func TestRegistryGoneDuringTakeover(t *testing.T) {
 		})
 	}
 }
+
+// A recovery that could not work and runs again, as the snapshotter lets it, follows
+// what it followed before.
+func TestRecoveryRunsAgain(t *testing.T) {
+	e := newEnv(t)
+	log := &logBook{said: make(chan struct{}, 1)}
+	r := recovery.New(recovery.Config{RunDir: runDir, Policy: recovery.PolicyRestart, StartTimeout: startTimeout, Log: slog.New(slog.NewTextHandler(log, nil))})
+	run := func() (stop func()) {
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- r.Run(ctx) }()
+		return func() {
+			cancel()
+			must(t, <-done)
+		}
+	}
+	stop := run()
+	s := e.spec(small(t, "one"))
+	target := e.mustMount(s)
+	first := e.current()
+	e.kill(first.PID)
+	within(t, "it is restarted", func() bool { g := e.current(); return g.Number == 2 && g.Ready })
+	second := e.mustMount(e.another(s))
+	// So that it is followed for certain before it stops.
+	e.kill(e.current().PID)
+	within(t, "it is restarted again", func() bool { g := e.current(); return g.Number == 3 && g.Ready })
+	<-time.After(100 * time.Millisecond)
+	stop()
+	stop = run()
+	e.kill(e.current().PID)
+	within(t, "it is restarted by the next run", func() bool { g := e.current(); return g.Number == 4 && g.Ready })
+	e.unmount(target)
+	e.unmount(second)
+	must(t, e.tidy(soon))
+	stop()
+}
