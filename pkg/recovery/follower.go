@@ -9,14 +9,11 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/nydusfs/nydus-snapshotter/pkg/health"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/client"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
-	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
 )
 
 // follower follows one generation through its daemons.
@@ -157,87 +154,6 @@ func (f *follower) attend(ctx context.Context, p *nydusd.Process) bool {
 	}
 }
 
-// lookEvery is how often a daemon is looked at: neither what it writes nor what others
-// leave makes an event that would be cheaper.
-const lookEvery = 5 * time.Second
-
-// look tidies up, and looks whether the daemon serves errors although it says that it
-// runs: one that does is replaced once another would do better.
-func (f *follower) look(ctx context.Context) {
-	f.tidy(ctx)
-	fault, err := f.health.Broken()
-	if err != nil {
-		f.log.Warn("look whether nydusd is broken", "error", err)
-	}
-	if fault == nil || f.left {
-		return
-	}
-	if !f.broken {
-		f.broken = true
-		f.log.Error("nydusd serves errors; unless recover_policy is none it is replaced once its registry answers", "event", "broken", "pid", f.g.PID, "error", fault)
-	}
-	if f.r.cfg.Policy == PolicyNone {
-		return
-	}
-	if f.kept() == nil || !custody.Resends() {
-		f.leave(ctx)
-		return
-	}
-	if err := f.answered(ctx, fault); err != nil {
-		if f.away == "" {
-			f.away = err.Error()
-			f.log.Warn("nydusd stays broken for now", "event", "broken", "pid", f.g.PID, "error", err)
-		}
-		return // asked again at the next look
-	}
-	done, err := Upgrade{RunDir: f.r.cfg.RunDir, StartTimeout: f.r.cfg.StartTimeout}.Run(ctx, f.rec.Key, f.g.Number)
-	if err != nil {
-		f.log.Error("replace a nydusd that is broken", "event", "takeover failed", "error", err)
-		return
-	}
-	f.log.Info("nydusd was broken and is succeeded: its registry answers again", "event", "takeover", "pid", done.After, "took", done.Stall)
-}
-
-// answered returns nil when each of the blobs is given out by one of the backends that
-// may have it.
-func (f *follower) answered(ctx context.Context, fault *health.Fault) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, answerWait, fmt.Errorf("not within %s", answerWait))
-	defer cancel()
-	env, err := instance.Environment(f.g)
-	if err != nil {
-		return err
-	}
-	configs := instance.ConfigPaths(f.r.cfg.RunDir, f.rec.Key, f.g)
-	one := func(blobs []string) error {
-		err := errors.New("nobody uses it any more")
-		for _, config := range configs {
-			if err = health.Answers(ctx, config, env, blobs); err == nil || ctx.Err() != nil {
-				return err
-			}
-		}
-		return err
-	}
-	if len(fault.Blobs) == 0 {
-		return one(nil)
-	}
-	for _, blob := range fault.Blobs {
-		if err := one([]string{blob}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// answerWait bounds how long the backends of a broken daemon are asked.
-const answerWait = 10 * time.Second
-
-// leave takes a broken daemon that cannot be succeeded out of use for what comes.
-func (f *follower) leave(ctx context.Context) {
-	f.left = true
-	f.change(ctx, func(g *instance.Generation) { g.Failed = true })
-	f.log.Error("nydusd is broken and cannot be succeeded: its containers fail until they are started anew, which get another", "event", "left", "pid", f.g.PID)
-}
-
 // keep takes what a successor needs from the living daemon, and tells whether that
 // is done, or of no use to try again.
 func (f *follower) keep(ctx context.Context, p *nydusd.Process) (done bool) {
@@ -291,132 +207,10 @@ func (f *follower) succession(ctx context.Context) (*instance.Succession, error)
 	return s, err
 }
 
-// ended sees to what has lost its daemon, and tells whether it is to be followed
-// further.
-func (f *follower) ended(ctx context.Context, how string) (further bool) {
-	started := time.Now()
-	s, err := f.succession(ctx)
-	if errors.Is(err, instance.ErrGone) {
-		f.forgo(ctx) // nobody will bring it back, so nobody is to wait for it
-		return false
-	}
-	if err != nil {
-		wait(ctx, again)
-		return true
-	}
-	defer s.Close()
-	if s.Generation.PID != f.g.PID || s.Generation.StartTime != f.g.StartTime {
-		f.g = s.Generation // somebody has replaced it
-		f.served()
-		return true
-	}
-	f.adopt()
-	if f.finished(ctx) {
-		return false
-	}
-	cause := "unknown"
-	if f.oomKills() > f.ooms {
-		cause = "killed at its memory limit"
-	}
-	oom := cause != "unknown"
-	f.starve(oom, started)
-	f.log.Warn("nydusd has died", "event", "death", "pid", f.g.PID, "exit", how, "cause", cause, "kept", f.kept() != nil, "lived", f.lived(started))
-	if f.r.cfg.Policy == PolicyNone {
-		return false
-	}
-	if f.kept() != nil {
-		if err := f.endOthers(s); err != nil {
-			f.log.Error("end a successor that was left half way", "error", err)
-			wait(ctx, again)
-			return true
-		}
-	}
-	return f.recover(ctx, s, started, !oom && (how == "" || how == sigkill))
-}
-
-// sigkill is how a process ends that somebody kills: no crash of its own.
-var sigkill = "killed by " + unix.SignalName(unix.SIGKILL)
-
-// lived is how long the dead daemon was followed; zero for one that was dead when it
-// was looked for.
-func (f *follower) lived(now time.Time) time.Duration {
-	if f.met != f.g.PID {
-		return 0
-	}
-	return now.Sub(f.since).Round(time.Millisecond)
-}
-
-// starve counts daemons that cannot live with their memory limit. What they were
-// asked is asked of each successor again, which may take its time to die of it.
-func (f *follower) starve(oom bool, now time.Time) {
-	switch {
-	case !oom:
-		f.starved = 0
-	case now.Sub(f.since) >= fedLife:
-		f.starved = 1
-	default:
-		f.starved++
-	}
-}
-
-// endOthers ends successors whose starter was killed before it wrote them down.
-// Whether one serves cannot be told. Two must not, and with what is kept nothing is
-// lost: the next one goes on where it stopped.
-func (f *follower) endOthers(s *instance.Succession) error {
-	n, err := s.EndOthers()
-	if n > 0 {
-		f.log.Warn("ended a successor that was left half way", "successors", n)
-	}
-	return err
-}
-
-// tidy ends successors that were begun and came to nothing, while the daemon serves.
-func (f *follower) tidy(ctx context.Context) {
-	begun := instance.Begun(f.g)
-	if begun == f.begun {
-		return
-	}
-	s, err := instance.TrySuccession(ctx, f.r.cfg.RunDir, f.rec.Key, f.g.Number)
-	if err != nil {
-		return // at the next look: somebody is at it
-	}
-	defer s.Close()
-	if s.Generation.PID != f.g.PID {
-		return // its end is noticed next
-	}
-	if err := f.endOthers(s); err != nil {
-		f.log.Error("end a successor that was left half way", "error", err)
-		return
-	}
-	f.begun = begun
-}
-
 func (f *follower) kept() *custody.Custody {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.custody
-}
-
-// finished tells whether the generation's filesystem is gone, as after its last
-// unmount, and forgets it then.
-func (f *follower) finished(ctx context.Context) bool {
-	if c := f.kept(); c != nil {
-		if c.Alive() {
-			return false
-		}
-	} else if f.mounted() {
-		return false
-	}
-	if f.g.Kept {
-		f.change(ctx, func(g *instance.Generation) { g.Kept = false })
-	}
-	return true
-}
-
-// mounted is for a generation of which nothing is kept: then the mount table tells.
-func (f *follower) mounted() bool {
-	m, ok, err := rootfs.Lookup(f.g.Mountpoint)
-	return err == nil && ok && m.Dev == f.g.Dev || instance.InUse(f.r.cfg.RunDir, f.rec, f.g)
 }
 
 func (f *follower) change(ctx context.Context, change func(*instance.Generation)) {
@@ -507,109 +301,4 @@ func (f *follower) forgo(ctx context.Context) {
 	if f.g.Kept {
 		f.change(ctx, func(g *instance.Generation) { g.Kept = false })
 	}
-}
-
-// recover brings the generation back, and tells whether it is to be followed
-// further. killed says that the daemon's death was somebody else's doing.
-func (f *follower) recover(ctx context.Context, s *instance.Succession, started time.Time, killed bool) (further bool) {
-	short, deaths := shortLife, 0
-	if killed {
-		short = killedLife
-	} else {
-		deaths = f.r.died(f.rec.Key, started)
-	}
-	if f.lived(started) >= short {
-		f.short = 0
-	} else if f.failures+f.cut == 0 {
-		f.short++
-	}
-	if deaths > maxDeaths || f.short > maxDeaths || f.starved > maxDeaths || f.failures >= maxDeaths || f.cut >= maxCut {
-		f.giveUp(ctx, deaths)
-		return false
-	}
-	if n := f.short + f.failures + min(f.cut, 1); n > 0 {
-		wait(ctx, firstBackoff<<(n-1))
-	}
-	select {
-	case f.r.starts <- struct{}{}:
-		defer func() { <-f.r.starts }()
-	case <-ctx.Done():
-		return false
-	}
-	c := f.kept()
-	if c == nil {
-		f.restart(ctx, started)
-		return false
-	}
-	err := f.succeed(ctx, s, c)
-	if errors.Is(err, errLost) {
-		f.log.Error("what was asked of the dead nydusd is lost: its containers fail, new ones get another", "event", "takeover failed", "error", err)
-		f.restart(ctx, started)
-		return false
-	}
-	if err != nil {
-		if ctx.Err() == nil {
-			if errors.Is(err, errKilled) {
-				f.cut++
-			} else {
-				f.failures++
-			}
-			f.log.Error("successor of nydusd failed", "event", "takeover failed", "error", err)
-		}
-		return true
-	}
-	f.failures, f.cut = 0, 0
-	f.served()
-	f.reportUnmet()
-	f.log.Info("nydusd was succeeded", "event", "takeover", "pid", f.g.PID, "restarts", f.g.Restarts, "took", time.Since(started))
-	return true
-}
-
-// succeed starts a daemon and hands it what is kept.
-func (f *follower) succeed(ctx context.Context, s *instance.Succession, c *custody.Custody) error {
-	n, err := begin(ctx, s, f.g.Nydusd, f.r.cfg.StartTimeout)
-	if err != nil {
-		return err
-	}
-	record, err := n.take(ctx, c)
-	if err != nil {
-		return err
-	}
-	// It serves, also when that cannot be written down.
-	f.change(ctx, func(g *instance.Generation) {
-		record(g)
-		g.Kept = true
-		if g.Revision > g.KeptRevision {
-			// It does not know the last images, and would give their place to others,
-			// whose files their users would read then.
-			g.Failed = true
-		}
-	})
-	if f.g.Failed && f.g.Shared {
-		f.log.Error("images that were given to a shared nydusd just before it died are lost: their containers fail", "event", "left", "pid", f.g.PID)
-	}
-	return nil
-}
-
-// giveUp ends a crash loop.
-func (f *follower) giveUp(ctx context.Context, deaths int) {
-	f.log.Error("nydusd keeps dying and is given up; its containers fail, new ones get a new nydusd",
-		"event", "given up", "deaths", deaths, "within", deathWindow, "short lives", f.short, "failed successors", f.failures+f.cut)
-	f.forgo(ctx)
-	if err := instance.Retire(context.WithoutCancel(ctx), f.r.cfg.RunDir, f.rec.Key, f.g.Number); err != nil {
-		f.log.Error("take a daemon that is given up out of use", "error", err)
-	}
-}
-
-// restart replaces a daemon that cannot be succeeded.
-func (f *follower) restart(ctx context.Context, started time.Time) {
-	f.forgo(ctx)
-	err := instance.Restart(ctx, f.r.cfg.RunDir, f.rec.Key, f.g.Number, f.r.cfg.StartTimeout)
-	if err != nil {
-		if ctx.Err() == nil {
-			f.log.Error("restart of nydusd failed; the next mount tries again", "event", "restart failed", "error", err)
-		}
-		return
-	}
-	f.log.Info("nydusd was restarted: what was mounted fails, new containers work", "event", "restart", "took", time.Since(started))
 }
