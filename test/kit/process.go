@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -111,10 +112,34 @@ func (d *Daemon) ready(ctx context.Context, socket string) error {
 		case <-d.done:
 			return fmt.Errorf("%s ended before it was ready: %w\n%s", d.Name, d.Err(), tail(d.Log, 20))
 		case <-ctx.Done():
-			return fmt.Errorf("%s is not ready on %s: %w\n%s", d.Name, socket, errors.Join(ctx.Err(), err), tail(d.Log, 20))
+			return fmt.Errorf("%s is not ready on %s: %w\n%s", d.Name, socket, errors.Join(ctx.Err(), err), d.dissect())
 		case <-tick.C:
 		}
 	}
+}
+
+// dissect tells what a daemon waits for, as far as that can be seen: the kernel's
+// stacks of its threads, and those of its goroutines, which end it.
+func (d *Daemon) dissect() string {
+	var text strings.Builder
+	text.WriteString(tail(d.Log, 5) + "\n")
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stack", d.PID))
+	for _, thread := range threads {
+		stack, _ := os.ReadFile(thread)
+		if !bytes.Contains(stack, []byte("futex_wait")) && !bytes.Contains(stack, []byte("ep_poll")) {
+			fmt.Fprintf(&text, "%s:\n%s", thread, stack)
+		}
+	}
+	before, _ := os.ReadFile(d.Log)
+	_ = d.end(unix.SIGQUIT, 10*time.Second)
+	after, _ := os.ReadFile(d.Log)
+	for _, routine := range strings.Split(string(after[min(len(before), len(after)):]), "\n\n") {
+		// Those that only serve are many.
+		if strings.HasPrefix(routine, "goroutine") && (strings.Contains(routine, "plugin") || strings.Contains(routine, "main.")) {
+			text.WriteString(routine + "\n\n")
+		}
+	}
+	return text.String()
 }
 
 // tail is the end of a log, for error texts.

@@ -34,7 +34,8 @@ type Range struct{ From, To int64 }
 // that is lost, or more in a flood. A line that is written in one piece is torn
 // between the two files at most.
 //
-// A Cut that is killed half way leaves the log complete, and at worst no older one.
+// A Cut that is killed half way leaves the log complete, and at worst no older one;
+// so does a machine that loses its power.
 // When the older part cannot be kept, for want of space for instance, the log is
 // bounded all the same, and the error says so. While another process cuts the same
 // log Cut does nothing.
@@ -190,7 +191,9 @@ func (c *cutter) copy() (err error) {
 		return err
 	}
 	c.took.From, c.took.To = from, c.align(c.size)
-	return c.old.Sync()
+	// Not synced: on a busy disk that takes seconds, in which the log grows without
+	// bound. A machine that loses its power may lose the older log.
+	return nil
 }
 
 // align returns where the last block before offset begins: the front of a file can
