@@ -3,7 +3,8 @@
 // has taken cannot even be killed, so a container could not be deleted.
 //
 // What it promises: a daemon that stays stopped (SIGSTOP, a debugger) while somebody
-// waits for it is dealt with when the bound is over. So is one that does not run at
+// waits for it is dealt with when the bound is over, or up to a look earlier, since
+// when it began to hang is known no better. So is one that does not run at
 // all although somebody waits, after a minute at the most: until then it might be
 // waiting for a registry, and one that does is left alone. What can be succeeded
 // (Generation.Kept) is killed, and a successor goes on; what cannot is aborted: its

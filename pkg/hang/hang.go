@@ -41,7 +41,7 @@ const (
 	// configuration that package nydusd writes.
 	stuckAfter = 45 * time.Second
 	// looks is how often a daemon is looked at within Timeout, maxLook bounds the
-	// time between.
+	// time between. One that hangs is looked at again when its time is over.
 	looks   = 5
 	maxLook = 2 * time.Second
 )
@@ -51,8 +51,11 @@ type Watch struct {
 	cfg     Config
 	conns   *rootfs.Connections
 	records *records
-	seen    map[string]*daemon
+	seen    map[name]*daemon
 	looked  time.Time
+	// due is when the first of those that hang is to be dealt with, zero when none
+	// hangs.
+	due time.Time
 	// asking counts our own questions that are not answered, by device number.
 	asking map[string]int
 	// asked receives the answers to a question, acted what could be done about a
@@ -71,17 +74,23 @@ func New(cfg Config) *Watch {
 		cfg.StuckAfter = stuckAfter
 	}
 	return &Watch{
-		cfg: cfg, records: newRecords(cfg.RunDir), seen: map[string]*daemon{},
+		cfg: cfg, records: newRecords(cfg.RunDir), seen: map[name]*daemon{},
 		asked: make(chan map[string]error, 1), acted: make(chan *daemon),
 	}
 }
 
+// name is a daemon's own, of all there ever were.
+type name struct {
+	key             string
+	generation, pid int
+	start           uint64
+}
+
 // daemon is what is known of one that serves a generation.
 type daemon struct {
-	name string
-	rec  *instance.Record
-	g    instance.Generation
-	log  *slog.Logger
+	rec *instance.Record
+	g   instance.Generation
+	log *slog.Logger
 
 	// good is when it was last seen not stopped, or nobody waiting; turns how often
 	// its threads had run by then, and ran when that had last changed.
@@ -105,16 +114,17 @@ func (w *Watch) Run(ctx context.Context) (err error) {
 	defer w.all.Wait()
 	defer cancel()
 	// That a daemon hangs makes no event.
-	tick := time.NewTicker(w.every())
-	defer tick.Stop()
+	timer := time.NewTimer(w.every())
+	defer timer.Stop()
 	round := time.NewTimer(w.cfg.AskEvery)
 	defer round.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
+		case <-timer.C:
 			w.look(ctx)
+			timer.Reset(w.pause(time.Now()))
 		case <-round.C:
 			w.ask(ctx)
 		case answers := <-w.asked:
@@ -130,6 +140,14 @@ func (w *Watch) Run(ctx context.Context) (err error) {
 // every is how often daemons are looked at.
 func (w *Watch) every() time.Duration { return min(w.cfg.Timeout/looks, maxLook) }
 
+// pause is the time until the next look.
+func (w *Watch) pause(now time.Time) time.Duration {
+	if w.due.IsZero() {
+		return w.every()
+	}
+	return min(w.every(), max(w.due.Sub(now), time.Millisecond))
+}
+
 // look looks at every daemon once.
 func (w *Watch) look(ctx context.Context) {
 	list, err := w.records.read()
@@ -144,20 +162,20 @@ func (w *Watch) look(ctx context.Context) {
 			d.alive(now)
 		}
 	}
-	w.looked = now
-	present := make(map[string]bool, len(w.seen))
+	w.looked, w.due = now, time.Time{}
+	present := make(map[name]bool, len(w.seen))
 	for _, rec := range list {
 		for _, g := range rec.Generations() {
 			if !g.Ready {
 				continue // its helper watches it
 			}
-			name := fmt.Sprintf("%s.g%d.%d.%d", rec.Key, g.Number, g.PID, g.StartTime)
-			present[name] = true
-			d := w.seen[name]
+			n := name{rec.Key, g.Number, g.PID, g.StartTime}
+			present[n] = true
+			d := w.seen[n]
 			if d == nil {
-				d = &daemon{name: name, log: w.cfg.Log.With("instance", rec.Key, "generation", g.Number, "image", rec.Image, "pid", g.PID)}
+				d = &daemon{log: w.cfg.Log.With("instance", rec.Key, "generation", g.Number, "image", rec.Image, "pid", g.PID)}
 				d.alive(now)
-				w.seen[name] = d
+				w.seen[n] = d
 			}
 			if d.acting {
 				continue
@@ -166,9 +184,9 @@ func (w *Watch) look(ctx context.Context) {
 			w.judge(ctx, d, now)
 		}
 	}
-	for name, d := range w.seen {
-		if !present[name] && !d.acting {
-			delete(w.seen, name)
+	for n, d := range w.seen {
+		if !present[n] && !d.acting {
+			delete(w.seen, n)
 		}
 	}
 }
@@ -195,10 +213,11 @@ func (w *Watch) judge(ctx context.Context, d *daemon, now time.Time) {
 		return
 	}
 	defer p.Close()
-	// Somewhat early, or a look that comes somewhat early would leave it to the next.
-	early := w.every() / 2
-	cause := d.hangs(p, now, w.cfg.Timeout-early, max(w.cfg.Timeout, w.cfg.StuckAfter)-early)
+	cause, due := d.hangs(p, now, w.cfg.Timeout, max(w.cfg.Timeout, w.cfg.StuckAfter))
 	if cause == "" {
+		if w.due.IsZero() || due.Before(w.due) {
+			w.due = due
+		}
 		return
 	}
 	// Its device number is its own as long as it is connected.
@@ -210,24 +229,24 @@ func (w *Watch) judge(ctx context.Context, d *daemon, now time.Time) {
 }
 
 // hangs says why a daemon, for which somebody waits, counts as hung; empty when it
-// does not.
-func (d *daemon) hangs(p *nydusd.Process, now time.Time, timeout, stuck time.Duration) string {
+// does not, but would from due on.
+func (d *daemon) hangs(p *nydusd.Process, now time.Time, timeout, stuck time.Duration) (cause string, due time.Time) {
 	if p.Stopped() {
 		d.ran = now
-		if now.Sub(d.good) < timeout {
-			return ""
+		if due = d.good.Add(timeout); now.Before(due) {
+			return "", due
 		}
-		return fmt.Sprintf("it was stopped, for %s", now.Sub(d.good).Round(time.Second))
+		return fmt.Sprintf("it was stopped, for %s", now.Sub(d.good).Round(time.Second)), due
 	}
 	d.good = now
 	turns, err := p.Turns()
 	if err != nil || turns != d.turns {
 		d.turns, d.ran = turns, now
 	}
-	if still := now.Sub(d.ran); still >= stuck {
-		return fmt.Sprintf("it is stuck: none of its threads has run for %s", still.Round(time.Second))
+	if due = d.ran.Add(stuck); now.Before(due) {
+		return "", due
 	}
-	return ""
+	return fmt.Sprintf("it is stuck: none of its threads has run for %s", now.Sub(d.ran).Round(time.Second)), due
 }
 
 // act gets a daemon out of the way. It takes as long as the daemon takes to end, so

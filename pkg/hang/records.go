@@ -20,6 +20,7 @@ type record struct {
 	// stamp tells one version of the file from the next, which is another file.
 	inode   uint64
 	written unix.Timespec
+	path    string
 	rec     *instance.Record
 }
 
@@ -37,20 +38,23 @@ func (r *records) read() ([]*instance.Record, error) {
 	var list []*instance.Record
 	next := make(map[string]*record, len(keys))
 	for _, key := range keys {
+		k := r.known[key]
+		if k == nil {
+			k = &record{path: instance.RecordPath(r.runDir, key)}
+		}
 		var st unix.Stat_t
-		if err := unix.Stat(instance.RecordPath(r.runDir, key), &st); err != nil {
+		if err := unix.Stat(k.path, &st); err != nil {
 			if errors.Is(err, fs.ErrNotExist) {
 				continue
 			}
 			return nil, err
 		}
-		k := r.known[key]
-		if k == nil || k.inode != st.Ino || k.written != st.Mtim {
+		if k.rec == nil || k.inode != st.Ino || k.written != st.Mtim {
 			rec, err := instance.ReadRecord(r.runDir, key)
 			if err != nil {
 				continue
 			}
-			k = &record{inode: st.Ino, written: st.Mtim, rec: rec}
+			k.inode, k.written, k.rec = st.Ino, st.Mtim, rec
 		}
 		next[key] = k
 		list = append(list, k.rec)

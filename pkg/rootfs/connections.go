@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -57,8 +56,8 @@ func (c *Connections) Waiting(dev string) (int, error) {
 		return 0, err
 	}
 	defer unix.Close(fd)
-	buf := make([]byte, 32)
-	n, err := unix.Read(fd, buf)
+	var buf [32]byte
+	n, err := unix.Read(fd, buf[:])
 	if err != nil {
 		return 0, fmt.Errorf("read how many wait for FUSE filesystem %s: %w", dev, err)
 	}
@@ -88,7 +87,7 @@ func (c *Connections) open(dev, file string, flags int) (int, error) {
 	if err != nil {
 		return -1, err
 	}
-	path := filepath.Join(number, file)
+	path := number + "/" + file
 	fd, err := unix.Openat(c.fd, path, flags|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return -1, fmt.Errorf("FUSE filesystem %s: %w", dev, &os.PathError{Op: "open", Path: "fusectl:" + path, Err: err})
@@ -99,12 +98,14 @@ func (c *Connections) open(dev, file string, flags int) (int, error) {
 // connection is the kernel's name for a FUSE filesystem: its device number, as
 // the kernel has it, in decimal.
 func connection(dev string) (string, error) {
-	var major, minor uint32
-	if n, err := fmt.Sscanf(dev, "%d:%d", &major, &minor); n != 2 || err != nil {
+	const minorBits = 20
+	left, right, _ := strings.Cut(dev, ":")
+	major, err1 := strconv.ParseUint(left, 10, 32-minorBits)
+	minor, err2 := strconv.ParseUint(right, 10, minorBits)
+	if err1 != nil || err2 != nil {
 		return "", fmt.Errorf("device number %q: want major:minor", dev)
 	}
-	const minorBits = 20
-	return strconv.FormatUint(uint64(major)<<minorBits|uint64(minor), 10), nil
+	return strconv.FormatUint(major<<minorBits|minor, 10), nil
 }
 
 // Connected tells whether there is a FUSE filesystem with that device number,

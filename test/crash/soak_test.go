@@ -66,7 +66,7 @@ func deeds() []deed {
 		{"containerd KILL", 1, nil, func(s *soak) { s.restartContainerd(s.node.KillContainerd) }},
 		{"nydusd KILL", 6, func(s *soak) bool { return len(s.served()) > 0 }, (*soak).killDaemon},
 		{"nydusd STOP", 2, anyRuns, (*soak).pauseDaemon},
-		{"holder KILL", 2, nil, func(s *soak) { s.endOne("holder", isHolder) }},
+		{"holder KILL", 2, nil, (*soak).killHolder},
 		{"upgrade", 2, anyRuns, (*soak).upgrade},
 		{"nothing", 2, nil, func(s *soak) { s.moment(time.Second) }},
 	}
@@ -78,7 +78,7 @@ func anyRuns(s *soak) bool { return len(s.which(true)) > 0 }
 func TestSoak(t *testing.T) {
 	p := newPlan(t)
 	random := p.chances(2)
-	config := setup{daemonNew, []string{"helper", "managed"}[random.IntN(2)], dedicated}
+	config := setup{daemonNew, []string{"helper", "managed"}[random.IntN(2)], []string{dedicated, shared}[random.IntN(2)]}
 	reg := newDepot(t)
 	s := &soak{lab: newLab(t, config, reg, random, "")}
 	counts := map[string]int{}
@@ -238,48 +238,52 @@ func (s *soak) removeBox(b *box) {
 	s.boxes = slices.DeleteFunc(s.boxes, func(o *box) bool { return o == b })
 }
 
-// spared waits until the holder has what the snapshotter keeps: holder, snapshotter
-// and a daemon that end together are one too many.
-func (s *soak) spared() {
-	s.until("the holder has its copies", func(context.Context) error {
+// spared waits until a process has what a successor of each daemon needs. Holder,
+// snapshotter and a daemon that end together are one too many, and so is a daemon
+// that dies before the one of the two that is new has its copies.
+func (s *soak) spared(name string, is func(kit.Process) bool) {
+	s.until("the "+name+" has its copies", func(context.Context) error {
 		all, err := kit.Processes()
 		if err != nil {
 			return err
 		}
-		has, want := 0, 0
+		has := 0
 		for _, p := range all {
-			if isHolder(p) {
+			if is(p) {
 				has += len(s.openLike(p.PID, "/dev/fuse"))
 			}
 		}
-		for _, b := range s.which(true) {
-			g, err := s.serving(b.img.Image)
-			if err != nil {
-				return err
-			}
-			if g.Kept && b == s.first(b.img) {
-				want++
-			}
+		want, err := s.keeps()
+		if err == nil && has < want {
+			err = fmt.Errorf("it has %d, want %d", has, want)
 		}
-		if has < want {
-			return fmt.Errorf("it has %d, want %d", has, want)
-		}
-		return nil
+		return err
 	})
 }
 
-// first is the first container of an image that runs.
-func (s *soak) first(img *soaked) *box {
+// keeps counts the daemons that can be succeeded. One may serve several images.
+func (s *soak) keeps() (n int, err error) {
+	counted := map[int]bool{}
 	for _, b := range s.which(true) {
-		if b.img == img {
-			return b
+		g, err := s.serving(b.img.Image)
+		if err != nil {
+			return 0, err
+		}
+		if g.Kept && !counted[g.PID] {
+			counted[g.PID] = true
+			n++
 		}
 	}
-	return nil
+	return n, nil
+}
+
+func (s *soak) killHolder() {
+	s.spared("snapshotter", func(p kit.Process) bool { return p.PID == s.node.Snapshotter.PID })
+	s.endOne("holder", isHolder)
 }
 
 func (s *soak) restartSnapshotter(sig unix.Signal) {
-	s.spared()
+	s.spared("holder", isHolder)
 	s.must(fmt.Sprintf("end the snapshotter with %v", sig), func(context.Context) error {
 		if !s.end2(s.node.Snapshotter, sig) {
 			return fmt.Errorf("it does not end")
