@@ -25,7 +25,7 @@ type Config struct {
 	RunDir string
 	// Timeout is how long a daemon may hang while somebody waits for it.
 	Timeout time.Duration
-	// Asker asks all daemons every AskEvery; zero for the default, half a minute.
+	// Asker asks all daemons every AskEvery; zero for the default, a minute.
 	Asker    Asker
 	AskEvery time.Duration
 	// StuckAfter is how long a daemon may stand still that was not stopped; zero for
@@ -36,7 +36,7 @@ type Config struct {
 }
 
 const (
-	askEvery = 30 * time.Second
+	askEvery = time.Minute
 	// stuckAfter is more than the 35 seconds after which a request times out by the
 	// configuration that package nydusd writes.
 	stuckAfter = 45 * time.Second
@@ -150,12 +150,12 @@ func (w *Watch) pause(now time.Time) time.Duration {
 
 // look looks at every daemon once.
 func (w *Watch) look(ctx context.Context) {
+	now := time.Now()
 	list, err := w.records.read()
 	if err != nil {
 		w.cfg.Log.Error("look for daemons that hang", "error", err)
 		return
 	}
-	now := time.Now()
 	if now.Sub(w.looked) > 3*w.every() {
 		// We did not run: what happened meanwhile nobody knows.
 		for _, d := range w.seen {

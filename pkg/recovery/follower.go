@@ -36,8 +36,14 @@ type follower struct {
 	health       *health.Log
 	broken, left bool
 	away         string // why it stays broken, once that was said
-	// wake says that what a successor needs may have changed.
-	wake chan struct{}
+	// wake says that what a successor needs may have changed, stale that there is
+	// something to look at, and pending that there will be.
+	wake, stale chan struct{}
+	pending     atomic.Bool
+	// What is looked at from outside: see glance, which has viewed for itself.
+	first   instance.Generation
+	logPath string
+	viewed  view
 	// latest is the revision of what the daemon serves, revision that of what is
 	// kept.
 	latest   atomic.Int64
@@ -127,9 +133,8 @@ func (f *follower) attend(ctx context.Context, p *nydusd.Process) bool {
 		ended <- p.WaitContext(ctx)
 		cancel() // whatever is being asked of it
 	}()
-	f.health, f.broken, f.away = health.Follow(instance.LogPath(f.rec), 0), false, ""
-	look := time.NewTicker(lookEvery)
-	defer look.Stop()
+	f.health, f.broken, f.away = health.Follow(f.logPath, 0), false, ""
+	f.pending.Store(true)
 	for pause := again; ; pause = min(2*pause, lastAgain) {
 		timer := time.NewTimer(pause)
 		if f.keep(ctx, p) {
@@ -147,7 +152,7 @@ func (f *follower) attend(ctx context.Context, p *nydusd.Process) bool {
 				timer.Stop()
 				pause = again
 				break waiting
-			case <-look.C:
+			case <-f.stale:
 				f.look(ctx)
 			}
 		}

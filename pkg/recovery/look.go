@@ -4,20 +4,65 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/health"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/custody"
 )
 
-// lookEvery is how often a daemon is looked at: neither what it writes nor what others
-// leave makes an event that would be cheaper.
+// lookEvery is how often it is looked whether there is something to look at: neither
+// what a daemon writes nor what others leave makes an event that would be cheaper.
 const lookEvery = 5 * time.Second
+
+// glance wakes those followers now and then that have something to look at. There may
+// be many, and a goroutine that wakes costs more than what it looks at.
+func (r *Recovery) glance(ctx context.Context) {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		r.mu.Lock()
+		all := slices.Collect(maps.Values(r.followed))
+		r.mu.Unlock()
+		for _, f := range all {
+			if f.changed() || f.pending.Load() {
+				poke(f.stale)
+			}
+		}
+	}
+}
+
+// view is what is seen of a daemon from outside.
+type view struct {
+	log   struct{ inode, size, changed int64 }
+	begun int64
+}
+
+// changed tells whether something is to be seen that was not there the last time.
+func (f *follower) changed() bool {
+	now := view{begun: instance.Begun(f.first)}
+	var st unix.Stat_t
+	if unix.Stat(f.logPath, &st) == nil {
+		now.log.inode, now.log.size, now.log.changed = int64(st.Ino), st.Size, st.Ctim.Nano()
+	}
+	same := now == f.viewed
+	f.viewed = now
+	return !same
+}
 
 // look tidies up, and looks whether the daemon serves errors although it says that it
 // runs: one that does is replaced once another would do better.
 func (f *follower) look(ctx context.Context) {
+	f.pending.Store(false)
 	f.tidy(ctx)
 	fault, err := f.health.Broken()
 	if err != nil {
@@ -42,10 +87,12 @@ func (f *follower) look(ctx context.Context) {
 			f.away = err.Error()
 			f.log.Warn("nydusd stays broken for now", "event", "broken", "pid", f.g.PID, "error", err)
 		}
-		return // asked again at the next look
+		f.pending.Store(true)
+		return
 	}
 	done, err := Upgrade{RunDir: f.r.cfg.RunDir, StartTimeout: f.r.cfg.StartTimeout}.Run(ctx, f.rec.Key, f.g.Number)
 	if err != nil {
+		f.pending.Store(true)
 		f.log.Error("replace a nydusd that is broken", "event", "takeover failed", "error", err)
 		return
 	}
@@ -100,13 +147,15 @@ func (f *follower) tidy(ctx context.Context) {
 	}
 	s, err := instance.TrySuccession(ctx, f.r.cfg.RunDir, f.rec.Key, f.g.Number)
 	if err != nil {
-		return // at the next look: somebody is at it
+		f.pending.Store(true) // somebody is at it
+		return
 	}
 	defer s.Close()
 	if s.Generation.PID != f.g.PID {
 		return // its end is noticed next
 	}
 	if err := f.endOthers(s); err != nil {
+		f.pending.Store(true)
 		f.log.Error("end a successor that was left half way", "error", err)
 		return
 	}

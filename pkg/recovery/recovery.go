@@ -126,6 +126,7 @@ func (r *Recovery) Run(ctx context.Context) error {
 		gone := r.connect(ctx)
 		all.Go(func() { r.keepSpare(ctx, gone) })
 	}
+	all.Go(func() { r.glance(ctx) })
 	for {
 		pending := r.look(ctx, &all)
 		var later <-chan time.Time
@@ -212,7 +213,11 @@ func (r *Recovery) follow(ctx context.Context, all *sync.WaitGroup, rec *instanc
 		}
 		return
 	}
-	f := &follower{r: r, name: name, rec: rec, g: g, wake: make(chan struct{}, 1), log: r.cfg.Log.With("instance", rec.Key, "generation", g.Number, "image", rec.Image)}
+	f := &follower{
+		r: r, name: name, rec: rec, g: g, first: g, logPath: instance.LogPath(rec),
+		wake: make(chan struct{}, 1), stale: make(chan struct{}, 1),
+		log: r.cfg.Log.With("instance", rec.Key, "generation", g.Number, "image", rec.Image),
+	}
 	f.latest.Store(int64(g.Revision))
 	r.followed[name] = f
 	all.Go(func() {
