@@ -266,6 +266,71 @@ func TestFailoverAfterTheSnapshotter(t *testing.T) {
 	e.holderEnds()
 }
 
+// The holder is lost while there is no snapshotter: the next one asks the living
+// daemon, and its new holder has a copy again.
+func TestFailoverFromTheLivingDaemon(t *testing.T) {
+	e := newEnv(t)
+	if !e.succeeds() {
+		return // see TestFailover
+	}
+	r := e.recover(recovery.PolicyFailover, true)
+	img := small(t, "one")
+	target := e.mustMount(e.spec(img))
+	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+	readers := e.read(target, 2)
+	before := e.current()
+	r.stop()
+	e.killHolder()
+	r = e.recover(recovery.PolicyFailover, true)
+	within(t, "the new holder has a copy", func() bool { return e.holderHas() == 1 })
+	// It is all that is left.
+	r.stop()
+	e.kill(before.PID)
+	r = e.recover(recovery.PolicyFailover, true)
+	within(t, "a successor", func() bool { return e.current().Restarts == before.Restarts+1 })
+	readers.end(t)
+	e.holds(img, target)
+	e.unmount(target)
+	must(t, e.tidy(soon))
+	r.stop()
+	e.holderEnds()
+}
+
+// holder finds the process.
+func (e *env) holder() (found []kit.Process) {
+	e.t.Helper()
+	all, err := kit.Processes()
+	must(e.t, err)
+	for _, p := range all {
+		if filepath.Base(p.Exe) == "nydus-shim-hook" {
+			found = append(found, p)
+		}
+	}
+	return found
+}
+
+func (e *env) killHolder() {
+	e.t.Helper()
+	all := e.holder()
+	if len(all) != 1 {
+		e.t.Fatalf("%d holders run, want 1", len(all))
+	}
+	e.kill(all[0].PID)
+}
+
+// holderHas counts the filesystems of which the holder has a copy.
+func (e *env) holderHas() (n int) {
+	for _, p := range e.holder() {
+		links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.PID))
+		for _, link := range links {
+			if to, err := os.Readlink(link); err == nil && to == "/dev/fuse" {
+				n++
+			}
+		}
+	}
+	return n
+}
+
 // The death of what was released and cannot be succeeded is told: its users get
 // errors.
 func TestDeathOfWhatIsReleased(t *testing.T) {
@@ -345,6 +410,59 @@ func (e *env) restarts(policy recovery.Policy) *recoverer {
 	must(t, e.tidy(soon))
 	r.stop()
 	return r
+}
+
+// A node whose daemons all die at once starts a few at a time.
+func TestStartsAreBounded(t *testing.T) {
+	const images, atATime = 7, 4
+	e := newEnv(t)
+	gate := t.TempDir()
+	armed, started, passed := filepath.Join(gate, "armed"), filepath.Join(gate, "started"), filepath.Join(gate, "passed")
+	must(t, unix.Mkfifo(filepath.Join(gate, "fifo"), 0o600))
+	fifo, err := os.OpenFile(filepath.Join(gate, "fifo"), os.O_RDWR, 0)
+	must(t, err)
+	defer fifo.Close()
+	path := e.wrapper(fmt.Sprintf(`if [ -e %q ]; then echo >>%q; read -r -N1 <%q; echo >>%q; fi; exec "$REAL" "$@"`, armed, started, fifo.Name(), passed))
+	img := small(t, "one")
+	var targets []string
+	for n := range images {
+		s := e.spec(img)
+		s.Daemon.Path, s.Host = path, fmt.Sprintf("host-%d", n)
+		s.CacheDir = mountspec.CacheDir(e.root, s.Host, s.Repository)
+		s.Config, err = nydusd.Config{Backend: nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: img.blobs}, CacheDir: s.CacheDir}.JSON()
+		must(t, err)
+		s.Instance = mountspec.InstanceKey(s.BootstrapDigest, s.Host, s.Repository, s.CacheDir)
+		targets = append(targets, e.mustMount(s))
+	}
+	r := e.recover(recovery.PolicyRestart, false)
+	must(t, os.WriteFile(armed, nil, 0o600))
+	for _, p := range e.daemons(images) {
+		e.kill(p.PID)
+	}
+	for n := range images {
+		within(t, fmt.Sprintf("start %d", min(n+atATime, images)), func() bool { return size(started) >= min(n+atATime, images) })
+		if begun := size(started) - size(passed); begun > atATime {
+			t.Errorf("%d start at a time, want %d", begun, atATime)
+		}
+		_, err := fifo.WriteString("1")
+		must(t, err)
+		within(t, fmt.Sprintf("restart %d", n+1), func() bool { return strings.Count(r.log.String(), "event=restart") > n })
+	}
+	must(t, os.Remove(armed))
+	for _, target := range targets {
+		e.unmount(target)
+	}
+	must(t, e.tidy(soon))
+	r.stop()
+}
+
+// size is a file's size, 0 when there is none.
+func size(path string) int {
+	info, err := os.Stat(path)
+	if err != nil {
+		return 0
+	}
+	return int(info.Size())
 }
 
 // The registry is away while a daemon is replaced, by death and by upgrade: what is
