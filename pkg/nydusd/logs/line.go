@@ -35,6 +35,9 @@ func Level(raw string, before slog.Level) slog.Level {
 	if _, level, _, ok := split(Clean(raw[:min(len(raw), 128)])); ok {
 		return level
 	}
+	if strings.HasPrefix(raw, " ") || strings.HasPrefix(raw, "\t") {
+		return before // it goes on with it, as what nydusd says of FUSE does
+	}
 	return max(slog.LevelWarn, before)
 }
 

@@ -34,8 +34,10 @@ func TestParse(t *testing.T) {
 			t.Errorf("%q is\n%+v, want\n%+v", raw, got, want)
 		}
 	}
-	if got := Level("   at src/main.rs:3", slog.LevelError); got != slog.LevelError {
-		t.Errorf("a line of an error has level %v", got)
+	for _, level := range []slog.Level{slog.LevelError, slog.LevelDebug} {
+		if got := Level("   at src/main.rs:3", level); got != level {
+			t.Errorf("a line of a message with level %v has level %v", level, got)
+		}
 	}
 }
 
