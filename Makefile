@@ -8,7 +8,7 @@
 #   RUN       go test -run pattern                (default: all)
 #   SOAK_TIME how long the random soak of `make soak` goes on (default: 30m)
 #   FUZZTIME  how long each fuzz target runs      (default: 30s)
-#   JOBS      packages of end-to-end tests at a time  (default: 2)
+#   JOBS      packages of end-to-end tests at a time  (default: 3)
 #   ARGS      further arguments of demo and bench (default: none)
 
 # Go and the tool cache need it; a service or a bare container may not have it.
@@ -27,7 +27,7 @@ SBINDIR  ?= /sbin
 UNITDIR  ?= $(PREFIX)/lib/systemd/system
 RUN      ?= .
 FUZZTIME ?= 30s
-JOBS     ?= 2
+JOBS     ?= 3
 
 LDFLAGS := -s -w -X main.version=$(VERSION)
 # The version is told by git describe above; asking git again fails in a
