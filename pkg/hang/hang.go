@@ -150,19 +150,23 @@ func (w *Watch) pause(now time.Time) time.Duration {
 
 // look looks at every daemon once.
 func (w *Watch) look(ctx context.Context) {
-	now := time.Now()
+	w.due = time.Time{}
 	list, err := w.records.read()
+	now := time.Now()
 	if err != nil {
 		w.cfg.Log.Error("look for daemons that hang", "error", err)
 		return
 	}
-	if now.Sub(w.looked) > 3*w.every() {
+	// A daemon that was not there before can have hung since then.
+	since := w.looked
+	if now.Sub(w.looked) > 2*w.every() {
 		// We did not run: what happened meanwhile nobody knows.
+		since = now
 		for _, d := range w.seen {
 			d.alive(now)
 		}
 	}
-	w.looked, w.due = now, time.Time{}
+	w.looked = now
 	present := make(map[name]bool, len(w.seen))
 	for _, rec := range list {
 		for _, g := range rec.Generations() {
@@ -174,7 +178,7 @@ func (w *Watch) look(ctx context.Context) {
 			d := w.seen[n]
 			if d == nil {
 				d = &daemon{log: w.cfg.Log.With("instance", rec.Key, "generation", g.Number, "image", rec.Image, "pid", g.PID)}
-				d.alive(now)
+				d.alive(since)
 				w.seen[n] = d
 			}
 			if d.acting {

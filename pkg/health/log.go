@@ -19,6 +19,8 @@ import (
 // once.
 type Log struct {
 	path string
+	// starts is in the line before the daemon's own.
+	starts string
 	// offset is how much of the file, inode, has been read; last are the bytes before
 	// it, which are others when the file was cut and has grown again.
 	offset int64
@@ -51,19 +53,20 @@ func End(path string) int64 {
 	return info.Size()
 }
 
-// Follow begins to follow the log of a daemon whose output stands behind offset, see
-// End. With 0, for a daemon whose start nobody has seen, what earlier ones wrote
-// counts up to the line with which a daemon begins.
-func Follow(path string, offset int64) *Log { return &Log{path: path, offset: offset} }
+// Follow begins to follow the log of a generation's daemon whose output stands behind
+// offset, see End. With 0, for a daemon whose start nobody has seen, what earlier ones
+// wrote counts up to the line with which its own begins. What the daemon of another
+// generation writes meanwhile cannot be told from it.
+func Follow(path string, generation int, offset int64) *Log {
+	return &Log{path: path, starts: nydusd.Starts(generation), offset: offset}
+}
 
-// maxRead bounds what one Broken reads. A daemon that writes faster is read the next
-// time.
+// maxRead bounds what is read at a time.
 const maxRead = 4 << 20
 
-// The lines that tell: what a daemon begins with, a try that failed, and the end of
-// all tries. The text is that of nydus-storage 0.6 and 0.7 (nydusd 2.2 to 2.4).
+// The lines that tell: a try that failed, and the end of all tries. The text is that of
+// nydus-storage 0.6 and 0.7 (nydusd 2.2 to 2.4).
 const (
-	began    = "Program Version: "
 	tried    = "failed to read metadata for blob "
 	givenUp  = "failed to get blob.meta"
 	notAtEnd = "temporarily failed to get blob.meta"
@@ -73,8 +76,12 @@ const (
 // there is one, also the next times: it lasts as long as the daemon. A log that does
 // not exist has none.
 func (l *Log) Broken() (*Fault, error) {
-	if err := l.read(); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("read nydusd's log: %w", err)
+	// To its end: what a fault was may stand behind it, as that another daemon began.
+	for more := true; more; {
+		var err error
+		if more, err = l.read(); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("read nydusd's log: %w", err)
+		}
 	}
 	if !l.given {
 		return nil, nil
@@ -82,22 +89,23 @@ func (l *Log) Broken() (*Fault, error) {
 	return &Fault{Blobs: slices.Clone(l.broken)}, nil
 }
 
-func (l *Log) read() error {
+// read reads on, and tells whether there is more.
+func (l *Log) read() (more bool, err error) {
 	f, err := os.Open(filepath.Clean(l.path))
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return err
+		return false, err
 	}
 	if l.moved(f, info) {
 		l.offset, l.last = 0, nil
 	}
 	buf, err := io.ReadAll(io.NewSectionReader(f, l.offset, maxRead))
 	if err != nil {
-		return err
+		return false, err
 	}
 	// A line that is being written is left for the next time, unless it is endless.
 	end := bytes.LastIndexByte(buf, '\n') + 1
@@ -111,7 +119,7 @@ func (l *Log) read() error {
 	if end > 0 {
 		l.last = slices.Clone(buf[max(0, end-lastBytes):end])
 	}
-	return nil
+	return len(buf) == maxRead, nil
 }
 
 // lastBytes is how much is remembered of what was read: lines begin with the time.
@@ -133,7 +141,7 @@ func (l *Log) moved(f *os.File, info os.FileInfo) bool {
 
 func (l *Log) take(line string) {
 	switch {
-	case starts(line), strings.Contains(line, began):
+	case l.begins(line):
 		l.tries, l.broken, l.given = nil, nil, false
 	case strings.Contains(line, tried):
 		_, rest, _ := strings.Cut(line, tried)
@@ -147,10 +155,11 @@ func (l *Log) take(line string) {
 	}
 }
 
-// starts tells whether a line is ours, and not one of a daemon that quotes it.
-func starts(line string) bool {
+// begins tells whether the daemon's output begins behind a line, which is ours and not
+// one of a daemon that quotes it.
+func (l *Log) begins(line string) bool {
 	_, text, _ := strings.Cut(line, "] INFO ")
-	return strings.HasPrefix(line, "[") && strings.HasPrefix(text, nydusd.Starts)
+	return strings.HasPrefix(line, "[") && strings.HasPrefix(text, l.starts)
 }
 
 // isBlob tells whether a text is a blob's id. What stands in a log may be an

@@ -17,7 +17,8 @@ var (
 	tryOf = func(b string) string {
 		return "\t\"failed to read metadata for blob " + b + " from backend, Request(ErrorWithMsg(\\\"\\\"))\"\n"
 	}
-	ours      = "[2026-11-28T03:15:00Z] INFO mount helper: starts nydusd /usr/local/bin/nydusd\n"
+	ours      = "[2026-11-28T03:15:00Z] INFO mount helper: starts nydusd of generation 1: /usr/local/bin/nydusd\n"
+	another   = "[2026-11-28T03:15:00Z] INFO mount helper: starts nydusd of generation 11: /usr/local/bin/nydusd\n"
 	try24     = "[2026-11-28 03:15:10.404621 +00:00] WARN [nydus_storage::meta:775] failed to read metadata for blob " + blob + " from backend, Request(ErrorWithMsg(\"\")), retry read metadata\n"
 	end24     = "[2026-11-28 03:15:51.000000 +00:00] WARN [nydus_storage::cache::cachedfile:106] failed to get blob.meta\n"
 	temporary = "[2026-11-28 02:24:43.351588 +00:00] INFO temporarily failed to get blob.meta, Input/output error (os error 5)\n"
@@ -58,9 +59,9 @@ func (f *logFile) want(l *Log, when string, broken bool, blobs ...string) {
 
 func TestBroken(t *testing.T) {
 	f := newLog(t)
-	l := Follow(f.path, 0)
+	l := Follow(f.path, 1, 0)
 	f.want(l, "no log", false)
-	f.write(start + noise)
+	f.write(ours + start + noise)
 	f.want(l, "a start", false)
 	f.write(tryOf(blob) + temporary + tryOf(other) + temporary)
 	f.want(l, "tries that may succeed yet", false)
@@ -71,7 +72,9 @@ func TestBroken(t *testing.T) {
 	f.want(l, "nothing new", true, blob, other)
 	f.write(noise + tryOf("../../etc/passwd") + end)
 	f.want(l, "another end, and no blob", true, blob, other)
-	f.write(start)
+	f.write(another + start)
+	f.want(l, "a daemon of another generation", true, blob, other)
+	f.write(ours + start)
 	f.want(l, "another daemon", false)
 	f.write(end)
 	f.want(l, "an end that names none", true)
@@ -85,13 +88,22 @@ func TestBroken(t *testing.T) {
 func TestBrokenBehindAnOffset(t *testing.T) {
 	f := newLog(t)
 	f.write(start + tryOf(blob) + end)
-	l := Follow(f.path, End(f.path))
+	l := Follow(f.path, 1, End(f.path))
 	f.want(l, "an earlier daemon's fault", false)
 	f.write(tryOf(other) + end)
 	f.want(l, "its own", true, other)
 	if n := End(filepath.Join(t.TempDir(), "missing")); n != 0 {
 		t.Errorf("the end of no log is %d", n)
 	}
+}
+
+// However much there is, the end of it counts: an earlier daemon's fault is over.
+func TestBrokenInALongLog(t *testing.T) {
+	f := newLog(t)
+	f.write(ours + tryOf(blob) + end + strings.Repeat(noise, 3*maxRead/len(noise)) + ours)
+	f.want(Follow(f.path, 1, 0), "a fault far back", false)
+	f.write(strings.Repeat(noise, 3*maxRead/len(noise)) + end24)
+	f.want(Follow(f.path, 1, 0), "a fault far behind", true)
 }
 
 // A log that is cut, or set aside, is read on from its new beginning.
@@ -104,7 +116,7 @@ func TestBrokenInALogThatIsCut(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newLog(t)
-			l := Follow(f.path, 0)
+			l := Follow(f.path, 1, 0)
 			f.write(noise + tryOf(blob))
 			f.want(l, "before", false)
 			cut(f)
@@ -124,11 +136,9 @@ func (f *logFile) must(err error) {
 // A line without an end keeps nobody from what follows, nor takes all memory.
 func TestBrokenBehindAnEndlessLine(t *testing.T) {
 	f := newLog(t)
-	l := Follow(f.path, 0)
+	l := Follow(f.path, 1, 0)
 	f.write(strings.Repeat("x", 2*maxRead+5))
-	for range 3 {
-		f.want(l, "an endless line", false)
-	}
+	f.want(l, "an endless line", false)
 	f.write("\n" + end)
 	f.want(l, "behind it", true)
 }

@@ -246,7 +246,7 @@ func (l *launch) run(ctx context.Context) error {
 		config, bootstrap = "", ""
 	}
 	var err error
-	announce(l.log, s.Daemon.Path)
+	announce(l.log, l.gen.Number, s.Daemon.Path)
 	l.proc, err = nydusd.Start(nydusd.Command{
 		Path: s.Daemon.Path, Env: l.env(), Config: config, Bootstrap: bootstrap, Mountpoint: l.dir.mountpoint(),
 		Socket: l.dir.socket(), Supervisor: l.dir.supervisor(), ID: cgroupOf(s.Key, l.gen).Name, Log: l.log, LogLevel: s.Daemon.LogLevel, Threads: s.Daemon.Threads,
@@ -383,8 +383,8 @@ func cgroupOf(key string, g Generation) nydusd.Cgroup {
 func OOMKills(key string, g Generation) (int, error) { return cgroupOf(key, g).OOMKills() }
 
 // announce writes into a daemon's log that another one begins.
-func announce(log *os.File, path string) {
-	fmt.Fprintf(log, "[%s] INFO %s%s\n", time.Now().UTC().Format(time.RFC3339), nydusd.Starts, path)
+func announce(log *os.File, generation int, path string) {
+	fmt.Fprintf(log, "[%s] INFO %s%s\n", time.Now().UTC().Format(time.RFC3339), nydusd.Starts(generation), path)
 }
 
 // warn writes into a daemon's log what could not be arranged for it.

@@ -202,7 +202,7 @@ func (s *Succession) Start(path string) (p *nydusd.Process, socket string, err e
 	if err != nil {
 		return nil, "", err
 	}
-	announce(log, path)
+	announce(log, g.Number, path)
 	p, err = nydusd.Start(nydusd.Command{
 		Path: path, Env: env, Successor: true, Supervisor: g.Supervisor, ID: cgroupOf(key, g).Name, Mountpoint: g.Mountpoint, Socket: socket,
 		Log: log, LogLevel: g.LogLevel, Threads: g.Threads, OOMScoreAdj: g.OOMScoreAdj, Cgroup: cgroupOf(key, g),

@@ -53,8 +53,11 @@ type Command struct {
 }
 
 // Starts is in the line that stands in a daemon's log before its own, whatever its log
-// level; the executable follows. Package health looks for it.
-const Starts = "mount helper: starts nydusd "
+// level; the executable follows. Package health looks for it: the daemons of several
+// generations may write to one log at a time.
+func Starts(generation int) string {
+	return fmt.Sprintf("mount helper: starts nydusd of generation %d: ", generation)
+}
 
 // Start starts the daemon and does not wait for it. It outlives its starter.
 func Start(c Command) (*Process, error) {

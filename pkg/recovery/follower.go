@@ -133,7 +133,7 @@ func (f *follower) attend(ctx context.Context, p *nydusd.Process) bool {
 		ended <- p.WaitContext(ctx)
 		cancel() // whatever is being asked of it
 	}()
-	f.health, f.broken, f.away = health.Follow(f.logPath, 0), false, ""
+	f.health, f.broken, f.away = health.Follow(f.logPath, f.g.Number, 0), false, ""
 	f.pending.Store(true)
 	for pause := again; ; pause = min(2*pause, lastAgain) {
 		timer := time.NewTimer(pause)

@@ -66,6 +66,7 @@ func (f *follower) look(ctx context.Context) {
 	f.tidy(ctx)
 	fault, err := f.health.Broken()
 	if err != nil {
+		f.pending.Store(true)
 		f.log.Warn("look whether nydusd is broken", "error", err)
 	}
 	if fault == nil || f.left {
@@ -88,6 +89,13 @@ func (f *follower) look(ctx context.Context) {
 			f.log.Warn("nydusd stays broken for now", "event", "broken", "pid", f.g.PID, "error", err)
 		}
 		f.pending.Store(true)
+		return
+	}
+	// Many may be broken by one registry, and all see at once that it is back.
+	select {
+	case f.r.starts <- struct{}{}:
+		defer func() { <-f.r.starts }()
+	case <-ctx.Done():
 		return
 	}
 	done, err := Upgrade{RunDir: f.r.cfg.RunDir, StartTimeout: f.r.cfg.StartTimeout}.Run(ctx, f.rec.Key, f.g.Number)
@@ -147,12 +155,13 @@ func (f *follower) tidy(ctx context.Context) {
 	}
 	s, err := instance.TrySuccession(ctx, f.r.cfg.RunDir, f.rec.Key, f.g.Number)
 	if err != nil {
-		f.pending.Store(true) // somebody is at it
+		f.pending.Store(true) // as when somebody is at it
 		return
 	}
 	defer s.Close()
 	if s.Generation.PID != f.g.PID {
-		return // its end is noticed next
+		f.pending.Store(true)
+		return // its end is noticed next, or its record was not written
 	}
 	if err := f.endOthers(s); err != nil {
 		f.pending.Store(true)

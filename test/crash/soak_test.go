@@ -12,6 +12,7 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"golang.org/x/sys/unix"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
 
@@ -261,17 +262,22 @@ func (s *soak) spared(name string, is func(kit.Process) bool) {
 	})
 }
 
-// keeps counts the daemons that can be succeeded. One may serve several images.
+// keeps counts the daemons that can be succeeded, idle ones and those that were
+// replaced too.
 func (s *soak) keeps() (n int, err error) {
-	counted := map[int]bool{}
-	for _, b := range s.which(true) {
-		g, err := s.serving(b.img.Image)
+	keys, err := instance.Keys(s.node.RunDir())
+	if err != nil {
+		return 0, err
+	}
+	for _, key := range keys {
+		rec, err := instance.ReadRecord(s.node.RunDir(), key)
 		if err != nil {
 			return 0, err
 		}
-		if g.Kept && !counted[g.PID] {
-			counted[g.PID] = true
-			n++
+		for _, g := range rec.Generations() {
+			if g.Kept && g.Berth == nil {
+				n++
+			}
 		}
 	}
 	return n, nil

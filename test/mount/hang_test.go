@@ -117,7 +117,11 @@ func TestStoppedDaemonIsAborted(t *testing.T) {
 	case <-time.After(hangTimeout + slack):
 		t.Fatalf("the reader cannot be ended; said was:\n%s", log)
 	}
-	t.Logf("the reader ended %v after the watch began; the bound is %v", time.Since(started), hangTimeout)
+	took := time.Since(started)
+	t.Logf("the reader ended %v after the watch began; the bound is %v", took, hangTimeout)
+	if took < hangTimeout {
+		t.Errorf("the daemon was aborted after %v, before its time", took)
+	}
 	within(t, "it is said", func() bool { return strings.Contains(log.String(), "was aborted") })
 	for _, want := range []string{"instance=", "image=registry.test/" + t.Name(), "pid=" + itoa(before.PID), "it was stopped, for", "waiting="} {
 		if !strings.Contains(log.String(), want) {

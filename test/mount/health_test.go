@@ -39,7 +39,7 @@ func TestMetadataThatCannotBeFetched(t *testing.T) {
 	r := e.recover(recovery.PolicyFailover, true)
 	target := e.mustMount(s)
 	g, rec := e.current(), e.record()
-	log := health.Follow(instance.LogPath(rec), 0)
+	log := health.Follow(instance.LogPath(rec), g.Number, 0)
 	fault := awaitFault(t, log)
 	t.Logf("found: %v", fault)
 	if len(fault.Blobs) == 0 {
@@ -52,10 +52,14 @@ func TestMetadataThatCannotBeFetched(t *testing.T) {
 		t.Errorf("it reads %v; want an error, or nothing has to be done", err)
 	}
 	within(t, "it is reported", func() bool { return strings.Contains(r.log.String(), "event=broken") })
+	if e.succeeds() {
+		// Asked once in vain, and nothing more is written: it has to be asked again.
+		within(t, "the registry is asked", func() bool { return strings.Contains(r.log.String(), "stays broken for now") })
+	}
 	if e.succeeds() && e.current().Restarts > 0 {
 		t.Error("it was replaced before the registry answered")
 	}
-	next := health.Follow(instance.LogPath(rec), health.End(instance.LogPath(rec)))
+	next := health.Follow(instance.LogPath(rec), g.Number, health.End(instance.LogPath(rec)))
 	reg.SetHook(nil)
 	if e.succeeds() {
 		within(t, "a successor", func() bool { return e.current().Restarts == 1 })

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -151,6 +152,32 @@ func TestHalfSuccessorGoesWithItsInstance(t *testing.T) {
 	e.unmount(target)
 	must(t, e.tidy(soon))
 	e.daemons(0)
+}
+
+// A successor that was left half way beside a daemon that serves is ended by a running
+// snapshotter, which neither hears of it.
+func TestHalfSuccessorIsEnded(t *testing.T) {
+	e := newEnv(t)
+	if !e.succeeds() {
+		return
+	}
+	r := e.recover(recovery.PolicyFailover, true)
+	img := small(t, "one")
+	target := e.mustMount(e.spec(img))
+	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+	before := e.current()
+	half := e.half(before)
+	if !half.Wait(time.Now().Add(soon)) {
+		t.Error("the successor that was left half way still runs")
+	}
+	if now := e.daemons(1)[0].PID; now != before.PID {
+		t.Errorf("nydusd %d serves, want %d", now, before.PID)
+	}
+	e.holds(img, target)
+	e.unmount(target)
+	must(t, e.tidy(soon))
+	r.stop()
+	e.holderEnds()
 }
 
 // With a run directory that is full nothing can be written down: what is mounted

@@ -34,8 +34,8 @@ type Range struct{ From, To int64 }
 // that is lost, or more in a flood. A line that is written in one piece is torn
 // between the two files at most.
 //
-// A Cut that is killed half way leaves the log complete, and at worst no older one;
-// so does a machine that loses its power.
+// A Cut that is killed half way leaves the log complete, and at worst no older one.
+// A machine that loses its power may lose the older one, too.
 // When the older part cannot be kept, for want of space for instance, the log is
 // bounded all the same, and the error says so. While another process cuts the same
 // log Cut does nothing.
