@@ -23,6 +23,7 @@ import (
 // takes requests and answers none.
 func TestStartWithoutRegistry(t *testing.T) {
 	const live, all = 20, 200
+	able := succeeds(t)
 	// Less than anything that waits for a registry takes.
 	const bound = 4 * time.Second
 	r := kit.NewRegistry(t, kit.RegistryOptions{})
@@ -45,9 +46,11 @@ func TestStartWithoutRegistry(t *testing.T) {
 		if err := end(); err != nil {
 			t.Fatal(err)
 		}
-		// What dies meanwhile is brought back without the registry, too.
-		if err := unix.Kill(n.Daemons()[0].PID, unix.SIGKILL); err != nil {
-			t.Fatal(err)
+		if able {
+			// What dies meanwhile is brought back without the registry, too.
+			if err := unix.Kill(n.Daemons()[0].PID, unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
 		}
 		if err := served(t, n, bound); err != nil {
 			t.Fatalf("not within %v: %v", bound, err)
