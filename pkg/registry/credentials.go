@@ -19,12 +19,16 @@ import (
 	"github.com/docker/docker-credential-helpers/credentials"
 )
 
-// Credentials open a registry. At most one of the two is set.
+// Credentials open a registry. At most one of the three is set.
 type Credentials struct {
 	// Auth is base64 of user:password.
 	Auth string
-	// RegistryToken is a bearer token.
+	// RegistryToken is a bearer token for the registry itself.
 	RegistryToken string
+	// IdentityToken is one that is exchanged for those, which nydusd cannot do.
+	IdentityToken string
+	// Source says where they come from, for people.
+	Source string
 }
 
 // String hides the secret from fmt and from loggers.
@@ -77,7 +81,7 @@ func (d Docker) Credentials(ctx context.Context, host string) (*Credentials, err
 	if err != nil {
 		return nil, fmt.Errorf("credentials for %s from %s: %w", host, path, err)
 	}
-	return convert(auth, host, path)
+	return convert(auth, path), nil
 }
 
 // load returns nil when there is no file. Parse errors may quote the file, so
@@ -197,16 +201,16 @@ func (p *program) Output() ([]byte, error) {
 	return out.Bytes(), p.err
 }
 
-func convert(auth types.AuthConfig, host, path string) (*Credentials, error) {
+func convert(auth types.AuthConfig, source string) *Credentials {
 	switch {
 	case auth.RegistryToken != "":
-		return &Credentials{RegistryToken: auth.RegistryToken}, nil
+		return &Credentials{RegistryToken: auth.RegistryToken, Source: source}
 	case auth.IdentityToken != "":
-		return nil, fmt.Errorf("credentials for %s from %s: the login is an identity token, which nydusd cannot use; log in with a user name and an access token instead", host, path)
+		return &Credentials{IdentityToken: auth.IdentityToken, Source: source}
 	case auth.Username != "":
 		pair := auth.Username + ":" + auth.Password
-		return &Credentials{Auth: base64.StdEncoding.EncodeToString([]byte(pair))}, nil
+		return &Credentials{Auth: base64.StdEncoding.EncodeToString([]byte(pair)), Source: source}
 	default:
-		return nil, nil
+		return nil
 	}
 }

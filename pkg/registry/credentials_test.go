@@ -48,6 +48,7 @@ func TestDockerFile(t *testing.T) {
 		"https://old.example/v2/": {"auth": %q},
 		"https://index.docker.io/v1/": {"auth": %q},
 		"token.example": {"registrytoken": "bearer"},
+		"identity.example": {"identitytoken": "exchange"},
 		"empty.example": {}
 	}}`, auth("a", "1"), auth("b", "2:3"), auth("c", "4"), auth("hub", "5")), nil)
 	for host, want := range map[string]*Credentials{
@@ -56,6 +57,7 @@ func TestDockerFile(t *testing.T) {
 		"old.example":           {Auth: auth("c", "4")},
 		"registry-1.docker.io":  {Auth: auth("hub", "5")},
 		"token.example":         {RegistryToken: "bearer"},
+		"identity.example":      {IdentityToken: "exchange"},
 		"empty.example":         nil,
 		"other.example":         nil,
 		"example":               nil,
@@ -64,6 +66,9 @@ func TestDockerFile(t *testing.T) {
 		if err != nil {
 			t.Errorf("%s: %v", host, err)
 			continue
+		}
+		if want != nil {
+			want.Source = filepath.Join(d.Dir, "config.json")
 		}
 		if (got == nil) != (want == nil) || got != nil && *got != *want {
 			t.Errorf("%s: got %#v, want %#v", host, got, want)
@@ -122,16 +127,14 @@ func TestDockerErrorsNameTheCauseAndNoSecret(t *testing.T) {
 		helper  string
 		message string
 	}{
-		"not JSON":             {config: `{"auths": {"registry.example": {"auth": ` + secret, message: "is not JSON"},
-		"number for password":  {config: `{"auths": {"registry.example": {"password": 1234567890123}}}`, message: "is not JSON"},
-		"auth not base64":      {config: `{"auths": {"registry.example": {"auth": "` + secret + `!"}}}`, message: "base64"},
-		"auth without colon":   {config: `{"auths": {"registry.example": {"auth": "` + base64.StdEncoding.EncodeToString([]byte(secret)) + `"}}}`, message: "base64"},
-		"identity token":       {config: `{"auths": {"registry.example": {"identitytoken": "` + secret + `"}}}`, message: "identity token"},
-		"helper is missing":    {config: `{"credsStore": "missing"}`, message: "docker-credential-missing"},
-		"helper is a path":     {config: `{"credsStore": "../../bin/sh"}`, message: "not a path"},
-		"helper fails":         {config: `{"credsStore": "h"}`, helper: "echo " + secret + "; echo " + secret + " >&2; exit 3", message: "exit status 3"},
-		"helper talks":         {config: `{"credsStore": "h"}`, helper: "echo " + secret, message: "not a credential"},
-		"helper gives a token": {config: `{"credsStore": "h"}`, helper: `echo '{"Username":"<token>","Secret":"` + secret + `"}'`, message: "identity token"},
+		"not JSON":            {config: `{"auths": {"registry.example": {"auth": ` + secret, message: "is not JSON"},
+		"number for password": {config: `{"auths": {"registry.example": {"password": 1234567890123}}}`, message: "is not JSON"},
+		"auth not base64":     {config: `{"auths": {"registry.example": {"auth": "` + secret + `!"}}}`, message: "base64"},
+		"auth without colon":  {config: `{"auths": {"registry.example": {"auth": "` + base64.StdEncoding.EncodeToString([]byte(secret)) + `"}}}`, message: "base64"},
+		"helper is missing":   {config: `{"credsStore": "missing"}`, message: "docker-credential-missing"},
+		"helper is a path":    {config: `{"credsStore": "../../bin/sh"}`, message: "not a path"},
+		"helper fails":        {config: `{"credsStore": "h"}`, helper: "echo " + secret + "; echo " + secret + " >&2; exit 3", message: "exit status 3"},
+		"helper talks":        {config: `{"credsStore": "h"}`, helper: "echo " + secret, message: "not a credential"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := dockerDir(t, c.config, map[string]string{"h": c.helper})

@@ -1,0 +1,187 @@
+package registry
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/distribution/reference"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Report is what a host said.
+type Report struct {
+	// Host is the host's name with its port, Scheme how it is spoken to, File what
+	// says so; empty when nothing does.
+	Host   string `json:"host"`
+	Scheme string `json:"scheme"`
+	File   string `json:"file,omitempty"`
+	// TLS is the verdict on its certificate: "verified", "not verified" (by
+	// configuration), "none" (plain http), or what is wrong with it.
+	TLS string `json:"tls"`
+	// Credentials is where those come from that it got, empty for none.
+	Credentials string `json:"credentials,omitempty"`
+	// Manifest and Blob are "ok" or what went wrong; "-" when it was not asked, since
+	// it lacks the capability or there is no manifest to know a blob from.
+	Manifest string `json:"manifest"`
+	Blob     string `json:"blob"`
+	// Took is from the first request to the last answer.
+	Took time.Duration `json:"took_ns"`
+}
+
+// Works tells whether an image could be read from the host.
+func (r Report) Works() bool { return r.Blob == ok }
+
+const (
+	ok       = "ok"
+	notAsked = "-"
+)
+
+// Check asks every host of an image's registry for the image's manifest and for the
+// beginning of one of its blobs, in their order.
+func (e *Endpoints) Check(ctx context.Context, ref string) ([]Report, error) {
+	name, err := parse(ref)
+	if err != nil {
+		return nil, err
+	}
+	name = reference.TagNameOnly(name)
+	hosts, err := e.For(ctx, reference.Domain(name))
+	if err != nil {
+		return nil, err
+	}
+	reports := make([]Report, len(hosts))
+	var blob *ocispec.Descriptor
+	for i, h := range hosts {
+		reports[i] = Report{Host: h.Host, Scheme: h.Scheme, File: h.File, Manifest: notAsked, Blob: notAsked}
+	}
+	// Who may resolve tells which blobs there are, for those too that may not.
+	for i, h := range hosts {
+		if !h.Capabilities.Has(docker.HostCapabilityResolve) {
+			continue
+		}
+		begun := time.Now()
+		found, err := e.manifest(ctx, h, name)
+		reports[i].Took, reports[i].Manifest = time.Since(begun), said(err)
+		reports[i].TLS = tlsVerdict(h, err)
+		if err == nil && blob == nil {
+			blob = found
+		}
+	}
+	for i, h := range hosts {
+		if blob == nil || !h.Capabilities.Has(docker.HostCapabilityPull) {
+			continue
+		}
+		begun := time.Now()
+		err := e.beginning(ctx, h, Blob{Registry: reference.Domain(name), Repository: reference.Path(name), Digest: blob.Digest, Size: blob.Size})
+		reports[i].Took, reports[i].Blob = reports[i].Took+time.Since(begun), said(err)
+		if reports[i].Manifest != ok {
+			reports[i].TLS = tlsVerdict(h, err)
+		}
+	}
+	for i, h := range hosts {
+		if reports[i].TLS == "" {
+			reports[i].TLS = tlsVerdict(h, nil)
+		}
+		if c, err := e.credentials(ctx, h.Host); err != nil {
+			reports[i].Credentials = err.Error()
+		} else if c != nil {
+			reports[i].Credentials = c.Source
+		}
+	}
+	return reports, nil
+}
+
+func said(err error) string {
+	if err == nil {
+		return ok
+	}
+	return err.Error()
+}
+
+// checkTimeout bounds each question.
+const checkTimeout = 10 * time.Second
+
+// manifest fetches an image's manifest from one host, and returns one of its layers.
+func (e *Endpoints) manifest(ctx context.Context, h Endpoint, name reference.Named) (*ocispec.Descriptor, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, checkTimeout, fmt.Errorf("no answer within %s", checkTimeout))
+	defer cancel()
+	ctx = silent(ctx)
+	host := h.RegistryHost
+	host.Authorizer = h.NewAuthorizer(ctx)
+	resolver := docker.NewResolver(docker.ResolverOptions{Hosts: func(string) ([]docker.RegistryHost, error) { return []docker.RegistryHost{host}, nil }})
+	full, desc, err := resolver.Resolve(ctx, name.String())
+	if err != nil {
+		return nil, plain(err)
+	}
+	fetcher, err := resolver.Fetcher(ctx, full)
+	if err != nil {
+		return nil, plain(err)
+	}
+	// An index in an index is nobody's.
+	for range 3 {
+		rc, err := fetcher.Fetch(ctx, desc)
+		if err != nil {
+			return nil, plain(err)
+		}
+		text, err := io.ReadAll(io.LimitReader(rc, maxManifest))
+		rc.Close()
+		if err != nil {
+			return nil, plain(err)
+		}
+		if !images.IsIndexType(desc.MediaType) {
+			var m ocispec.Manifest
+			if json.Unmarshal(text, &m) != nil || len(m.Layers) == 0 {
+				return nil, errors.New("it is no manifest with layers")
+			}
+			return &m.Layers[0], nil
+		}
+		var index ocispec.Index
+		if json.Unmarshal(text, &index) != nil || len(index.Manifests) == 0 {
+			return nil, errors.New("it is no index with manifests")
+		}
+		desc = index.Manifests[0]
+	}
+	return nil, errors.New("an index within an index")
+}
+
+const maxManifest = 4 << 20
+
+// beginning reads the first byte of a blob.
+func (e *Endpoints) beginning(ctx context.Context, h Endpoint, b Blob) error {
+	f := NewFetcher(FetcherConfig{AnswerTimeout: checkTimeout, StallTimeout: checkTimeout, GiveUp: 2 * checkTimeout})
+	p := &Part{f: f, ctx: silent(docker.WithScope(ctx, "repository:"+b.Repository+":pull")), blob: b, left: 1, size: b.Size, moved: time.Now()}
+	a, err := p.askHost(h, checkTimeout)
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	if _, err := io.CopyN(io.Discard, a, 1); err != nil {
+		return fmt.Errorf("%s breaks off: %w", h.Host, plain(err))
+	}
+	return nil
+}
+
+// tlsVerdict says what is known of a host's certificate from how a request went.
+func tlsVerdict(h Endpoint, err error) string {
+	var unknown x509.UnknownAuthorityError
+	var hostname x509.HostnameError
+	var invalid x509.CertificateInvalidError
+	var verification *tls.CertificateVerificationError
+	switch {
+	case errors.As(err, &unknown), errors.As(err, &hostname), errors.As(err, &invalid), errors.As(err, &verification):
+		return err.Error()
+	case h.Scheme != "https":
+		return "none"
+	}
+	if h.skipVerify {
+		return "not verified"
+	}
+	return "verified"
+}
