@@ -68,6 +68,8 @@ install: build ## install into PREFIX (DESTDIR for packages), mount.nydus into S
 	done
 	ln -sfn '$(PREFIX)/bin/nydus-overlayfs' '$(DESTDIR)$(SBINDIR)/mount.nydus'
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|g' contrib/systemd/nydus-snapshotter.service > '$(DESTDIR)$(UNITDIR)/nydus-snapshotter.service'
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|g' contrib/systemd/nydus-gateway.service > '$(DESTDIR)$(UNITDIR)/nydus-gateway.service'
+	install -m 0644 contrib/systemd/nydus-gateway.socket '$(DESTDIR)$(UNITDIR)/nydus-gateway.socket'
 	install -m 0644 contrib/systemd/nydus.slice '$(DESTDIR)$(UNITDIR)/nydus.slice'
 
 ##@ Build

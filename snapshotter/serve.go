@@ -25,7 +25,6 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/probe"
 	"github.com/nydusfs/nydus-snapshotter/pkg/recovery"
-	"github.com/nydusfs/nydus-snapshotter/pkg/snapshot"
 )
 
 const (
@@ -90,7 +89,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	if err != nil {
 		return err
 	}
-	sn, err := snapshot.New(ctx, snapshotOptions(cfg, key, nydusd))
+	sn, err := newSnapshotter(ctx, cfg, key, nydusd)
 	if err != nil {
 		return err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
+	"github.com/nydusfs/nydus-snapshotter/pkg/gateway"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/registry"
@@ -21,29 +23,43 @@ import (
 )
 
 // snapshotOptions connects the snapshotter with what it asks for.
-func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf) snapshot.Options {
+func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf) (snapshot.Options, error) {
+	sealing, err := key.Derive(capabilityKey)
+	if err != nil {
+		return snapshot.Options{}, err
+	}
 	o := snapshot.Options{
-		Root:        cfg.Root,
-		RunDir:      cfg.RunDir,
-		Managed:     cfg.Mount.Style == config.StyleManaged,
-		Daemon:      daemon.spec,
-		Backends:    backends{resolver(cfg.Remote)},
-		Credentials: keychain{docker()},
-		Sealer:      sealer{key},
+		Root:     cfg.Root,
+		RunDir:   cfg.RunDir,
+		Managed:  cfg.Mount.Style == config.StyleManaged,
+		Daemon:   daemon.spec,
+		Backends: backends{cfg.Remote, endpoints(cfg.Remote), docker(), sealing},
+		Sealer:   sealer{key},
 	}
 	if cfg.Mount.Credentials == config.CredentialsPlain {
 		o.Plain = func(text string, c *mountspec.Credentials) (string, error) {
 			return nydusd.AddCredentials(text, c.Auth, c.RegistryToken)
 		}
 	}
-	return o
+	return o, nil
 }
 
-func resolver(r config.Remote) registry.Resolver {
-	if r.Backend == config.BackendLocalFS {
-		return registry.Directory(r.LocalFSDir)
+func newSnapshotter(ctx context.Context, cfg config.Config, key mountspec.Key, daemon nydusdOf) (*snapshot.Snapshotter, error) {
+	options, err := snapshotOptions(cfg, key, daemon)
+	if err != nil {
+		return nil, err
 	}
-	return registry.Hosts{PlainHTTP: r.PlainHTTP, SkipVerify: r.SkipVerify}
+	return snapshot.New(ctx, options)
+}
+
+// capabilityKey is what the gateway's key is derived for.
+const capabilityKey = "gateway capability"
+
+// endpoints finds registries' hosts as configured.
+func endpoints(r config.Remote) *registry.Endpoints {
+	return registry.NewEndpoints(registry.EndpointsConfig{
+		Dirs: filepath.SplitList(r.ConfigPath), PlainHTTP: r.PlainHTTP, SkipVerify: r.SkipVerify, Keychain: docker(), Log: slog.Default(),
+	})
 }
 
 // docker finds logins where docker keeps them. A service has no HOME, without
@@ -61,39 +77,86 @@ func docker() registry.Docker {
 	return d
 }
 
-// backends turns a resolved reference into nydusd's configuration.
-type backends struct{ registry.Resolver }
+// backends decides how an image's blobs are read.
+type backends struct {
+	remote    config.Remote
+	endpoints *registry.Endpoints
+	keychain  registry.Keychain
+	sealing   gateway.Key
+}
 
 // Backend implements snapshot.Backends.
-func (b backends) Backend(ref string) (snapshot.Backend, error) {
-	at, err := b.Resolve(ref)
+func (b backends) Backend(ctx context.Context, ref string) (snapshot.Backend, error) {
+	if b.remote.Backend == config.BackendLocalFS {
+		at, err := registry.Directory(b.remote.LocalFSDir).Resolve(ref)
+		return snapshot.Backend{Repository: at.Dir, Config: rendered(nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: at.Dir})}, err
+	}
+	// The image's own host, whoever serves it: blobs that are cached are the same.
+	own, err := registry.Hosts{}.Resolve(ref)
 	if err != nil {
 		return snapshot.Backend{}, err
 	}
-	out := snapshot.Backend{Host: at.Host, Repository: at.Repository}
-	target := nydusd.Backend{
+	out := snapshot.Backend{Host: own.Host, Repository: own.Repository}
+	route, err := b.endpoints.Route(ctx, ref)
+	if err != nil {
+		return out, err
+	}
+	if viaGateway(b.remote, route) {
+		return b.throughGateway(ctx, out, ref, route)
+	}
+	at, err := b.endpoints.Direct(ctx, ref)
+	if err != nil {
+		if errors.Is(err, registry.ErrGateway) {
+			err = fmt.Errorf(`%w; set remote.gateway = "auto" and run the gateway`, err)
+		}
+		return out, err
+	}
+	out.Config = rendered(nydusd.Backend{
 		Type: nydusd.BackendRegistry, Scheme: at.Scheme, Host: at.Host, Repository: at.Repository, SkipVerify: at.SkipVerify,
-	}
-	if at.Dir != "" {
-		out.Repository = at.Dir
-		target = nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: at.Dir}
-	}
-	out.Config = func(cacheDir string) (string, error) {
-		return nydusd.Config{Backend: target, CacheDir: cacheDir}.JSON()
+	})
+	out.Credentials = func(ctx context.Context, _ string) (*mountspec.Credentials, error) {
+		c, err := b.keychain.Credentials(ctx, at.Host)
+		if err != nil || c == nil {
+			return nil, err
+		}
+		if c.IdentityToken != "" {
+			return nil, fmt.Errorf(`credentials for %s from %s: the login is an identity token, which nydusd cannot use by itself; set remote.gateway = "always" and run the gateway, or log in with a user name and an access token`, at.Host, c.Source)
+		}
+		return &mountspec.Credentials{Auth: c.Auth, RegistryToken: c.RegistryToken}, nil
 	}
 	return out, nil
 }
 
-// keychain hands on credentials in the option's own type.
-type keychain struct{ registry.Keychain }
+// viaGateway tells whether nydusd is to read through the gateway.
+func viaGateway(r config.Remote, route registry.Route) bool {
+	return r.Gateway == config.GatewayAlways || r.Gateway == config.GatewayAuto && len(route.Needs) > 0
+}
 
-// Credentials implements snapshot.Credentials.
-func (k keychain) Credentials(ctx context.Context, host string) (*mountspec.Credentials, error) {
-	c, err := k.Keychain.Credentials(ctx, host)
-	if err != nil || c == nil {
-		return nil, err
+// throughGateway points nydusd at the gateway, which has to be there.
+func (b backends) throughGateway(ctx context.Context, out snapshot.Backend, ref string, route registry.Route) (snapshot.Backend, error) {
+	address := b.remote.GatewayAddress
+	if err := gateway.Probe(ctx, address, b.sealing); err != nil {
+		why := `remote.gateway is "always"`
+		if len(route.Needs) > 0 {
+			why = "nydusd cannot do what registry " + route.Registry + " needs: " + strings.Join(route.Needs, ", ")
+		}
+		return out, fmt.Errorf("ask the gateway: %w; it is needed since %s; run it (systemctl enable --now nydus-gateway.socket)", err, why)
 	}
-	return &mountspec.Credentials{Auth: c.Auth, RegistryToken: c.RegistryToken}, nil
+	out.Config = rendered(nydusd.Backend{Type: nydusd.BackendRegistry, Scheme: "http", Host: address, Repository: route.Repository, Retries: gatewayRetries})
+	out.Credentials = func(_ context.Context, instance string) (*mountspec.Credentials, error) {
+		capability, err := b.sealing.Seal(gateway.Grant{Instance: instance, Image: ref, Registry: route.Registry, Repository: route.Repository})
+		return &mountspec.Credentials{RegistryToken: capability}, err
+	}
+	return out, nil
+}
+
+// gatewayRetries is how often nydusd asks again, which it does at once: each of them
+// may fail by an end of the gateway, and costs next to nothing.
+const gatewayRetries = 8
+
+// rendered renders nydusd's configuration.
+func rendered(b nydusd.Backend) func(cacheDir string) (string, error) {
+	return func(cacheDir string) (string, error) { return nydusd.Config{Backend: b, CacheDir: cacheDir}.JSON() }
 }
 
 type sealer struct{ key mountspec.Key }

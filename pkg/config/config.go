@@ -163,13 +163,32 @@ const (
 	BackendLocalFS  = "localfs"
 )
 
+// Gateway says when nydusd reads through the gateway.
+type Gateway string
+
+// When nydusd reads through the gateway.
+const (
+	// GatewayAuto is for registries that need what nydusd cannot do by itself.
+	GatewayAuto   Gateway = "auto"
+	GatewayAlways Gateway = "always"
+	GatewayNever  Gateway = "never"
+)
+
 // Remote says where blobs come from.
 type Remote struct {
 	// Backend is BackendRegistry or BackendLocalFS.
 	Backend string `toml:"backend"`
 	// LocalFSDir is the directory of BackendLocalFS.
 	LocalFSDir string `toml:"localfs_dir"`
-	// PlainHTTP and SkipVerify list registries as host or host:port.
+	// ConfigPath is containerd's config_path: directories with hosts.toml files,
+	// with colons between them; empty for none.
+	ConfigPath string `toml:"config_path"`
+	// Gateway says when nydusd reads through the gateway, GatewayAddress where that
+	// listens: a loopback IP address and a port.
+	Gateway        Gateway `toml:"gateway"`
+	GatewayAddress string  `toml:"gateway_address"`
+	// PlainHTTP and SkipVerify list registries as host or host:port, of which
+	// ConfigPath says nothing.
 	PlainHTTP  []string `toml:"plain_http"`
 	SkipVerify []string `toml:"skip_verify"`
 }
@@ -198,7 +217,10 @@ func Default() Config {
 			IdleLinger:  30 * time.Second,
 			Credentials: CredentialsSealed,
 		},
-		Log:    Log{Level: "info", Format: "text"},
-		Remote: Remote{Backend: BackendRegistry, PlainHTTP: []string{}, SkipVerify: []string{}},
+		Log: Log{Level: "info", Format: "text"},
+		Remote: Remote{
+			Backend: BackendRegistry, ConfigPath: "/etc/containerd/certs.d", Gateway: GatewayAuto, GatewayAddress: "127.0.0.1:476",
+			PlainHTTP: []string{}, SkipVerify: []string{},
+		},
 	}
 }

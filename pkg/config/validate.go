@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"net"
+	"net/netip"
 	"path"
 	"path/filepath"
 	"slices"
@@ -172,6 +173,15 @@ func (v *validator) cgroup(c Cgroup, d Daemon) {
 func (v *validator) remote(c Config) {
 	r := c.Remote
 	v.oneOf("remote.backend", r.Backend, BackendRegistry, BackendLocalFS)
+	for _, dir := range filepath.SplitList(r.ConfigPath) {
+		if !filepath.IsAbs(dir) {
+			v.fail("remote.config_path", "%q: want absolute paths with colons between them, as containerd's config_path, or nothing", r.ConfigPath)
+		}
+	}
+	v.oneOf("remote.gateway", string(r.Gateway), string(GatewayAuto), string(GatewayAlways), string(GatewayNever))
+	if at, err := netip.ParseAddrPort(r.GatewayAddress); err != nil || !at.Addr().IsLoopback() || at.Port() == 0 {
+		v.fail("remote.gateway_address", `%q: want an address of this machine only, such as "127.0.0.1:476" or "[::1]:476": whoever reaches it could try capabilities`, r.GatewayAddress)
+	}
 	v.hosts("remote.plain_http", r.PlainHTTP)
 	v.hosts("remote.skip_verify", r.SkipVerify)
 	for _, h := range r.SkipVerify {
@@ -188,6 +198,9 @@ func (v *validator) remote(c Config) {
 		v.path("remote.localfs_dir", r.LocalFSDir)
 		if len(r.PlainHTTP)+len(r.SkipVerify) > 0 {
 			v.fail("remote.backend", `is "localfs", with which plain_http and skip_verify mean nothing; remove them`)
+		}
+		if r.Gateway == GatewayAlways {
+			v.fail("remote.gateway", `is "always", but remote.backend "localfs" reads from no registry; remove it`)
 		}
 		if c.Mount.Credentials == CredentialsPlain {
 			v.fail("mount.credentials", `is "plain", but remote.backend "localfs" has no credentials; remove it`)

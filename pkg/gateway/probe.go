@@ -6,8 +6,11 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -19,13 +22,32 @@ const (
 	maxNonce    = 64
 	// probeTimeout bounds Probe.
 	probeTimeout = 3 * time.Second
+	probeEvery   = 20 * time.Millisecond
 )
 
 // Probe asks whether the gateway with a key answers at an address, and not somebody
-// else who would be given its capabilities.
+// else who would be given its capabilities. One that is just being restarted is asked
+// again.
 func Probe(ctx context.Context, address string, k Key) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, probeTimeout, fmt.Errorf("no answer within %s", probeTimeout))
 	defer cancel()
+	// That it listens again makes no event.
+	tick := time.NewTicker(probeEvery)
+	defer tick.Stop()
+	for {
+		err := probe(ctx, address, k)
+		if !errors.Is(err, unix.ECONNRESET) && !errors.Is(err, io.EOF) {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+func probe(ctx context.Context, address string, k Key) error {
 	nonce := rand.Text()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+address+probePath, nil)
 	if err != nil {

@@ -168,6 +168,9 @@ func (d diskDir) log() string       { return filepath.Join(string(d), LogName) }
 // LogPath is where the daemons of an instance write.
 func LogPath(r *Record) string { return diskDirOf(r.Root, r.Key).log() }
 
+// BootstrapPath is the image's bootstrap, which stays when its snapshot goes.
+func BootstrapPath(r *Record) string { return diskDirOf(r.Root, r.Key).bootstrap() }
+
 // ConfigPath is the configuration that a generation's daemon was started with: a
 // secret.
 func ConfigPath(g Generation) string { return genDir(filepath.Dir(g.Mountpoint)).config() }

@@ -1,6 +1,7 @@
 package mountspec
 
 import (
+	"crypto/hkdf"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
@@ -34,6 +35,16 @@ func NewKey() (Key, error) {
 func (k Key) ID() string {
 	sum := sha256.Sum256(append([]byte("nydus mount option key\x00"), k[:]...))
 	return hex.EncodeToString(sum[:8])
+}
+
+// Derive returns another key, for another purpose, that tells nothing of this one.
+func (k Key) Derive(purpose string) (out [32]byte, err error) {
+	derived, err := hkdf.Key(sha256.New, k[:], nil, "nydus-snapshotter "+purpose, len(out))
+	if err != nil {
+		return out, fmt.Errorf("derive key for %s: %w", purpose, err)
+	}
+	copy(out[:], derived)
+	return out, nil
 }
 
 // String hides the key from loggers.
@@ -85,9 +96,7 @@ func (d KeyDir) Ensure(name string) (Key, error) {
 	if err := d.check(); err != nil {
 		return Key{}, err
 	}
-	// The name is a hash, so that any text can be one.
-	sum := sha256.Sum256([]byte(name))
-	current := filepath.Join(string(d), "current-"+hex.EncodeToString(sum[:8]))
+	current := d.current(name)
 	k, err := readKey(current)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err := d.create(current); err != nil {
@@ -100,6 +109,26 @@ func (d KeyDir) Ensure(name string) (Key, error) {
 	}
 	if err := publish(current, filepath.Join(string(d), k.ID()), k); err != nil {
 		return Key{}, fmt.Errorf("publish sealing key: %w", err)
+	}
+	return k, nil
+}
+
+// current is where the key of a name is.
+func (d KeyDir) current(name string) string {
+	// A hash, so that any text can be a name.
+	sum := sha256.Sum256([]byte(name))
+	return filepath.Join(string(d), "current-"+hex.EncodeToString(sum[:8]))
+}
+
+// Named returns the key that Ensure has made for a name. The error wraps
+// fs.ErrNotExist when it has not.
+func (d KeyDir) Named(name string) (Key, error) {
+	k, err := readKey(d.current(name))
+	if err == nil {
+		err = d.check()
+	}
+	if err != nil {
+		return Key{}, fmt.Errorf("read sealing key: %w", err)
 	}
 	return k, nil
 }

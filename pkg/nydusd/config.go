@@ -1,6 +1,7 @@
 package nydusd
 
 import (
+	"cmp"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -25,6 +26,9 @@ type Backend struct {
 	Scheme, Host, Repository string
 	// SkipVerify accepts any certificate. For BackendRegistry.
 	SkipVerify bool
+	// Retries is how often a request is made again that failed; 0 for the default.
+	// For BackendRegistry.
+	Retries int
 	// Dir holds one file per blob, named by its id. For BackendLocalFS.
 	Dir string
 }
@@ -90,7 +94,7 @@ func (c Config) JSON() (string, error) {
 		}
 		d.Device.Backend.Config = registryBackend{
 			Scheme: b.Scheme, Host: b.Host, Repo: b.Repository, SkipVerify: b.SkipVerify,
-			ConnectTimeout: connectTimeout, Timeout: requestTimeout, RetryLimit: retryLimit,
+			ConnectTimeout: connectTimeout, Timeout: requestTimeout, RetryLimit: cmp.Or(b.Retries, retryLimit),
 		}
 	case BackendLocalFS:
 		if !filepath.IsAbs(b.Dir) {

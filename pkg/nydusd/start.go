@@ -167,15 +167,30 @@ const path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 // address may hold a password.
 func Environment(all []string) []string {
 	env := []string{}
+	without := ""
 	for _, e := range all {
-		name, _, _ := strings.Cut(e, "=")
+		name, value, _ := strings.Cut(e, "=")
 		switch strings.ToUpper(name) {
-		case "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "RUST_BACKTRACE":
+		case "NO_PROXY":
+			// The client takes one of them.
+			if without != "" && value != "" {
+				without += ","
+			}
+			without += value
+		case "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "RUST_BACKTRACE":
 			env = append(env, e)
 		}
 	}
-	return env
+	if without != "" {
+		without += ","
+	}
+	// The gateway is on this machine, which a client for Go would know by itself.
+	without += loopback
+	return append(env, "NO_PROXY="+without, "no_proxy="+without)
 }
+
+// loopback is what is reached without a proxy, however that is written.
+const loopback = "localhost,127.0.0.1,127.0.0.0/8,::1"
 
 // closeOnExec keeps every descriptor but the standard three from what is
 // executed next.

@@ -65,7 +65,7 @@ func newFixture(t *testing.T) *fixture {
 func (f *fixture) options(root string) Options {
 	return Options{
 		Root: root, RunDir: "/run/test", Daemon: testDaemon,
-		Backends: f, Credentials: f, Sealer: f,
+		Backends: f, Sealer: f,
 	}
 }
 
@@ -73,7 +73,7 @@ func testDaemon() mountspec.Daemon {
 	return mountspec.Daemon{Path: "/usr/bin/nydusd", LogLevel: "debug", Threads: 3, OOMScoreAdj: -5, CgroupParent: "/nydus"}
 }
 
-func (f *fixture) Backend(ref string) (Backend, error) {
+func (f *fixture) Backend(_ context.Context, ref string) (Backend, error) {
 	host, rest, ok := strings.Cut(ref, "/")
 	if !ok {
 		return Backend{}, fmt.Errorf("read image reference %q: no host", ref)
@@ -82,18 +82,20 @@ func (f *fixture) Backend(ref string) (Backend, error) {
 	if host == "dir" {
 		host, repository = "", "/"+repository
 	}
-	return Backend{Host: host, Repository: repository, Config: func(cache string) (string, error) {
+	b := Backend{Host: host, Repository: repository, Config: func(cache string) (string, error) {
 		return fmt.Sprintf(`{"host":%q,"cache":%q}`, host, cache), nil
-	}}, nil
-}
-
-func (f *fixture) Credentials(_ context.Context, host string) (*mountspec.Credentials, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if host == "" {
-		f.t.Error("credentials were asked for a backend that has no host")
+	}}
+	if host != "" {
+		b.Credentials = func(_ context.Context, instance string) (*mountspec.Credentials, error) {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			if instance == "" {
+				f.t.Error("credentials were asked for no instance")
+			}
+			return f.credentials[host], f.failure
+		}
 	}
-	return f.credentials[host], f.failure
+	return b, nil
 }
 
 func (f *fixture) Seal(s *mountspec.Spec) (string, error) { return mountspec.Encode(s, f.key) }

@@ -133,7 +133,7 @@ func (s *Snapshotter) sealed(spec *mountspec.Spec) ([]mount.Mount, error) {
 // spec describes the whole root filesystem of a snapshot.
 func (s *Snapshotter) spec(ctx context.Context, id string, im *image) (*mountspec.Spec, error) {
 	r := im.record
-	backend, err := s.o.Backends.Backend(r.Image)
+	backend, err := s.o.Backends.Backend(ctx, r.Image)
 	if err != nil {
 		return nil, err
 	}
@@ -163,14 +163,14 @@ func (s *Snapshotter) spec(ctx context.Context, id string, im *image) (*mountspe
 	for _, layer := range im.above {
 		spec.Lower = append(spec.Lower, s.fs(layer))
 	}
-	return spec, s.addCredentials(ctx, spec)
+	return spec, s.addCredentials(ctx, spec, backend)
 }
 
-func (s *Snapshotter) addCredentials(ctx context.Context, spec *mountspec.Spec) error {
-	if spec.Host == "" {
+func (s *Snapshotter) addCredentials(ctx context.Context, spec *mountspec.Spec, b Backend) error {
+	if b.Credentials == nil {
 		return nil
 	}
-	c, err := s.o.Credentials.Credentials(ctx, spec.Host)
+	c, err := b.Credentials(ctx, spec.Instance)
 	if err != nil || c == nil {
 		return err
 	}

@@ -28,19 +28,15 @@ type Backend struct {
 	Host, Repository string
 	// Config renders nydusd's configuration, without credentials.
 	Config func(cacheDir string) (string, error)
+	// Credentials finds what opens the backend for an instance of the image, and
+	// returns nil when it is to be used without. A nil function is one that does.
+	Credentials func(ctx context.Context, instance string) (*mountspec.Credentials, error)
 }
 
 // Backends finds an image's backend.
 type Backends interface {
 	// Backend takes an image reference.
-	Backend(ref string) (Backend, error)
-}
-
-// Credentials finds what opens a registry.
-type Credentials interface {
-	// Credentials takes a Backend's host. It returns nil when the registry is
-	// to be used without.
-	Credentials(ctx context.Context, host string) (*mountspec.Credentials, error)
+	Backend(ctx context.Context, ref string) (Backend, error)
 }
 
 // Sealer writes the option that carries a mount's description.
@@ -63,8 +59,6 @@ type Options struct {
 	Daemon func() mountspec.Daemon
 	// Backends finds where blobs are.
 	Backends Backends
-	// Credentials finds what opens it.
-	Credentials Credentials
 	// Sealer writes the option.
 	Sealer Sealer
 	// Plain, when set, puts credentials into nydusd's configuration, where
@@ -161,7 +155,7 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	}
 	if kind == layerData || kind == layerBootstrap {
 		// What cannot be mounted is not to be pulled.
-		if _, err := s.o.Backends.Backend(labels[labelImage]); err != nil {
+		if _, err := s.o.Backends.Backend(ctx, labels[labelImage]); err != nil {
 			return nil, fmt.Errorf("prepare nydus layer %s: %w: %w", key, err, errdefs.ErrInvalidArgument)
 		}
 	}

@@ -153,7 +153,8 @@ func TestDaemonHoldsNothingOfItsStarter(t *testing.T) {
 	must(t, err)
 	e.checkDescriptors(pid, s.Instance, !shares)
 	env := strings.Split(strings.TrimRight(proc(pid, "environ"), "\x00"), "\x00")
-	wantEnv := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HTTPS_PROXY=http://proxy.test:3128"}
+	wantEnv := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HTTPS_PROXY=http://proxy.test:3128",
+		"NO_PROXY=localhost,127.0.0.1,127.0.0.0/8,::1", "no_proxy=localhost,127.0.0.1,127.0.0.0/8,::1"}
 	if fmt.Sprint(env) != fmt.Sprint(wantEnv) {
 		t.Errorf("nydusd's environment is %q, want %q", env, wantEnv)
 	}

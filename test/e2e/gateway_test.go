@@ -1,0 +1,227 @@
+package e2e_test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	osexec "os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/test/kit"
+)
+
+// gatewayOf is the registry gateway of a node. Its socket is the test's, as systemd
+// has it, and stays when it ends.
+type gatewayOf struct {
+	t      *testing.T
+	n      *kit.Node
+	socket *os.File
+	log    string
+	cmd    *osexec.Cmd
+}
+
+// listenFor makes the gateway's socket.
+func listenFor(t *testing.T) (*os.File, string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	f, err := l.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f, l.Addr().String()
+}
+
+func (g *gatewayOf) start() {
+	g.t.Helper()
+	log, err := os.OpenFile(g.log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	defer log.Close()
+	g.cmd = g.n.Command(g.t.Context(), "sh", "-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec nydus-snapshotter gateway --config "$1"`, "sh", g.n.SnapshotterConfig())
+	g.cmd.Stdout, g.cmd.Stderr, g.cmd.ExtraFiles = log, log, []*os.File{g.socket}
+	if err := g.cmd.Start(); err != nil {
+		g.t.Fatal(err)
+	}
+}
+
+func (g *gatewayOf) end(s os.Signal) {
+	g.t.Helper()
+	if err := g.cmd.Process.Signal(s); err != nil {
+		g.t.Fatal(err)
+	}
+	_ = g.cmd.Wait()
+}
+
+// newGateway starts a node whose images are read through the gateway.
+func (s style) newGateway(t *testing.T, config map[string]any) *gatewayOf {
+	t.Helper()
+	socket, address := listenFor(t)
+	config["remote.gateway_address"] = address
+	n := s.node(t, kit.NodeConfig{Config: config})
+	g := &gatewayOf{t: t, n: n, socket: socket, log: filepath.Join(t.TempDir(), "gateway.log")}
+	g.start()
+	t.Cleanup(func() {
+		g.end(unix.SIGTERM)
+		if t.Failed() {
+			text, _ := os.ReadFile(g.log)
+			t.Logf("--- gateway\n%s", text)
+		}
+	})
+	return g
+}
+
+// TestGateway reads an image through the gateway: the registry of the image and its
+// credentials are the gateway's business alone.
+func TestGateway(t *testing.T) {
+	r := kit.NewRegistry(t, kit.RegistryOptions{})
+	ref, want := smallNydus(t, r, "gateway")
+	eachStyle(t, func(t *testing.T, s style) {
+		g := s.newGateway(t, map[string]any{"remote.gateway": "always"})
+		img := pull(t, g.n, ref)
+		c := run(t, g.n, img, "one", kit.RunOptions{})
+		r.ResetRequests()
+		kit.EqualTrees(t, "the view through the gateway", want, kit.MustWalk(t, c.Root()))
+		for _, req := range r.Requests() {
+			if !strings.Contains(req.Path, "/blobs/") {
+				t.Errorf("the registry is asked for %s", req.Path)
+			}
+		}
+		text, err := os.ReadFile(g.log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(text), "refused") {
+			t.Errorf("the gateway has refused something:\n%s", text)
+		}
+		remove(t, c)
+		wantDaemons(t, g.n, 0, soon)
+	})
+}
+
+// TestGatewayKilled kills the gateway again and again while containers of images that
+// nothing is cached of are started and read.
+func TestGatewayKilled(t *testing.T) {
+	const kills, images = 50, 10
+	r := kit.NewRegistry(t, kit.RegistryOptions{})
+	g := managed24.newGateway(t, map[string]any{"remote.gateway": "always"})
+	var pulled []containerd.Image
+	var trees []kit.Tree
+	for n := range images {
+		ref, want := smallNydus(t, r, fmt.Sprintf("killed-%d", n))
+		pulled, trees = append(pulled, pull(t, g.n, ref)), append(trees, want)
+	}
+	read := make(chan error, 1)
+	go func() {
+		var err error
+		for n := range pulled {
+			err = errors.Join(err, readOnce(t, g.n, pulled[n], fmt.Sprintf("reader-%d", n), trees[n]))
+		}
+		read <- err
+	}()
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	killed := 0
+	var err error
+	for done := false; !done; killed++ {
+		select {
+		case <-tick.C:
+		case err = <-read:
+			done = true
+		}
+		g.end(unix.SIGKILL)
+		g.start()
+	}
+	if err != nil || killed < kills {
+		t.Errorf("with %d kills, want %d at least: %v", killed, kills, err)
+	}
+	wantDaemons(t, g.n, 0, soon)
+}
+
+// readOnce reads all of an image through a container.
+func readOnce(t *testing.T, n *kit.Node, img containerd.Image, id string, want kit.Tree) error {
+	c, err := tryRun(t, n, img, id, kit.RunOptions{})
+	if err != nil {
+		return err
+	}
+	got, err := kit.Walk(c.Root())
+	if err == nil {
+		kit.EqualTrees(t, "the view of "+id, want, got)
+	}
+	return errors.Join(err, c.Remove(t.Context()))
+}
+
+// checked asks for what registry check says of the mirrors.
+func checked(t *testing.T, n *kit.Node, ref string) {
+	t.Helper()
+	var said struct {
+		Gateway, Works bool
+		Hosts          []struct{ Host, Manifest, Blob, TLS string }
+	}
+	text, err := n.Command(t.Context(), "nydus-snapshotter", "registry", "check", "--config", n.SnapshotterConfig(), "--format", "json", ref).Output()
+	if err != nil {
+		t.Fatalf("registry check: %v: %s", err, text)
+	}
+	if err := json.Unmarshal(text, &said); err != nil {
+		t.Fatal(err)
+	}
+	if !said.Gateway || !said.Works || len(said.Hosts) != 3 {
+		t.Fatalf("registry check says %s", text)
+	}
+	for i, h := range said.Hosts {
+		if good := h.Manifest == "ok" && h.Blob == "ok"; good != (i > 0) || h.TLS != "none" {
+			t.Errorf("registry check says of host %d: %+v", i, h)
+		}
+	}
+	if text, err := n.Command(t.Context(), "nydus-snapshotter", "registry", "check", "--config", n.SnapshotterConfig(), ref+"-missing").CombinedOutput(); err == nil || !strings.Contains(string(text), "not found") {
+		t.Errorf("registry check of an image that is not there: %v: %s", err, text)
+	}
+}
+
+// TestMirrors gives the image's registry two mirrors by hosts.toml, the first of which
+// nobody listens on: only the gateway gets on with that.
+func TestMirrors(t *testing.T) {
+	r := kit.NewRegistry(t, kit.RegistryOptions{})
+	ref, want := smallNydus(t, r, "mirrored")
+	certs := t.TempDir()
+	dir := filepath.Join(certs, strings.Replace(r.Host, ":", "_", 1)+"_")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	hosts := fmt.Sprintf("server = \"http://%s\"\n[host.\"http://127.0.0.1:1\"]\n[host.\"http://%s\"]\n", r.Host, r.Host)
+	if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(hosts), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	g := helper24.newGateway(t, map[string]any{"remote.config_path": certs})
+	img := pull(t, g.n, ref)
+	c := run(t, g.n, img, "one", kit.RunOptions{})
+	kit.EqualTrees(t, "the view through the gateway", want, kit.MustWalk(t, c.Root()))
+	remove(t, c)
+	checked(t, g.n, ref)
+	// Without it: an error that says why it is needed.
+	g.end(unix.SIGTERM)
+	g.socket.Close()
+	if _, err := tryRun(t, g.n, img, "two", kit.RunOptions{}); err == nil || !strings.Contains(err.Error(), "3 hosts") {
+		t.Errorf("without the gateway: %v", err)
+	}
+	socket, address := listenFor(t)
+	g.socket = socket
+	g.n.Configure("remote.gateway_address", address)
+	if err := g.n.RestartSnapshotter(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	g.start()
+}
