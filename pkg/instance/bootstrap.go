@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -138,6 +139,7 @@ func (l *launch) cache(ctx context.Context) (string, error) {
 	// An older nydusd destroys a cache directory that another process of its
 	// kind uses. Each gets its own, for as long as it lives.
 	waits := len(l.inst.rec.Retired) // one of them may be the first cache's owner
+	var late time.Time
 	for n := 0; ; n++ {
 		dir := filepath.Join(s.CacheDir, "private", fmt.Sprintf("%s.%d", s.Key, n))
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -156,10 +158,28 @@ func (l *launch) cache(ctx context.Context) (string, error) {
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return "", fmt.Errorf("lock cache directory %s: %w", dir, err)
 		}
-		if n == 0 && waits > 0 && l.inst.awaitRetired(ctx) {
+		if n == 0 && (waits > 0 || time.Now().Before(late)) && l.inst.awaitRetired(ctx) {
 			waits--
 			n-- // its owner may have just ended
+			if late.IsZero() {
+				late = time.Now().Add(lastThreads)
+			}
+			tick(ctx)
 		}
+	}
+}
+
+// lastThreads is how long the threads of a process that was killed may keep its files
+// open after it looks ended.
+const lastThreads = 300 * time.Millisecond
+
+// tick waits for what makes no event.
+func tick(ctx context.Context) {
+	timer := time.NewTimer(5 * time.Millisecond)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
 	}
 }
 
