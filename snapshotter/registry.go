@@ -72,7 +72,7 @@ func checkRegistry(c *cli.Context) error {
 		out.Works = out.Works || h.Works()
 	}
 	if !out.Gateway {
-		if _, err := hosts.Direct(c.Context, image); err != nil {
+		if _, err := route.Direct(c.Context); err != nil {
 			return fmt.Errorf("registry check: %w", err)
 		}
 	}

@@ -102,9 +102,9 @@ func (b backends) Backend(ctx context.Context, ref string) (snapshot.Backend, er
 		return out, err
 	}
 	if viaGateway(b.remote, route) {
-		return b.throughGateway(ctx, out, ref, route)
+		return b.throughGateway(out, ref, route), nil
 	}
-	at, err := b.endpoints.Direct(ctx, ref)
+	at, err := route.Direct(ctx)
 	if err != nil {
 		if errors.Is(err, registry.ErrGateway) {
 			err = fmt.Errorf(`%w; set remote.gateway = "auto" and run the gateway`, err)
@@ -132,22 +132,23 @@ func viaGateway(r config.Remote, route registry.Route) bool {
 	return r.Gateway == config.GatewayAlways || r.Gateway == config.GatewayAuto && len(route.Needs) > 0
 }
 
-// throughGateway points nydusd at the gateway, which has to be there.
-func (b backends) throughGateway(ctx context.Context, out snapshot.Backend, ref string, route registry.Route) (snapshot.Backend, error) {
+// throughGateway points nydusd at the gateway, which has to be there when the image is
+// mounted.
+func (b backends) throughGateway(out snapshot.Backend, ref string, route registry.Route) snapshot.Backend {
 	address := b.remote.GatewayAddress
-	if err := gateway.Probe(ctx, address, b.sealing); err != nil {
-		why := `remote.gateway is "always"`
-		if len(route.Needs) > 0 {
-			why = "nydusd cannot do what registry " + route.Registry + " needs: " + strings.Join(route.Needs, ", ")
-		}
-		return out, fmt.Errorf("ask the gateway: %w; it is needed since %s; run it (systemctl enable --now nydus-gateway.socket)", err, why)
-	}
 	out.Config = rendered(nydusd.Backend{Type: nydusd.BackendRegistry, Scheme: "http", Host: address, Repository: route.Repository, Retries: gatewayRetries})
-	out.Credentials = func(_ context.Context, instance string) (*mountspec.Credentials, error) {
+	out.Credentials = func(ctx context.Context, instance string) (*mountspec.Credentials, error) {
+		if err := gateway.Probe(ctx, address, b.sealing); err != nil {
+			why := `remote.gateway is "always"`
+			if len(route.Needs) > 0 {
+				why = "nydusd cannot do what registry " + route.Registry + " needs: " + strings.Join(route.Needs, ", ")
+			}
+			return nil, fmt.Errorf("ask the gateway: %w; it is needed since %s; run it (systemctl enable --now nydus-gateway.socket)", err, why)
+		}
 		capability, err := b.sealing.Seal(gateway.Grant{Instance: instance, Image: ref, Registry: route.Registry, Repository: route.Repository})
 		return &mountspec.Credentials{RegistryToken: capability}, err
 	}
-	return out, nil
+	return out
 }
 
 // gatewayRetries is how often nydusd asks again, which it does at once: each of them

@@ -65,7 +65,8 @@ func (k Key) Seal(g Grant) (string, error) {
 func (k Key) Open(capability string) (Grant, error) {
 	var g Grant
 	text, ok := strings.CutPrefix(capability, prefix)
-	sealed, err := base64.RawURLEncoding.DecodeString(text)
+	// Strict, so that no other text opens the same.
+	sealed, err := base64.RawURLEncoding.Strict().DecodeString(text)
 	if !ok || err != nil || len(capability) > maxCapability {
 		return g, ErrCapability
 	}

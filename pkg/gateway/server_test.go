@@ -193,6 +193,15 @@ func TestServe(t *testing.T) {
 	}
 }
 
+// changed is a text with another character at a place.
+func changed(text string, at int) string {
+	other := "A"
+	if text[at:at+1] == other {
+		other = "B"
+	}
+	return text[:at] + other + text[at+1:]
+}
+
 func TestRefuse(t *testing.T) {
 	good := capability(t, nil)
 	foreign, err := Key{9}.Seal(Grant{Instance: "instance", Registry: "registry.test", Repository: "a/b"})
@@ -207,7 +216,7 @@ func TestRefuse(t *testing.T) {
 	}{
 		"no capability":      {"GET", path, "", nil, 401},
 		"wrong capability":   {"GET", path, "x", nil, 401},
-		"changed capability": {"GET", path, good[:len(good)-1] + "A", nil, 401},
+		"changed capability": {"GET", path, changed(good, len(good)/2), nil, 401},
 		"foreign key":        {"GET", path, foreign, nil, 401},
 		"two capabilities":   {"GET", path, good, []string{"Authorization", "Bearer " + good}, 401},
 		"ping without one":   {"GET", "/v2/", "", nil, 401},
@@ -426,6 +435,18 @@ func TestSeal(t *testing.T) {
 	for _, text := range []string{"", prefix, prefix + "AAAA", one[1:], "x" + one, one + "=", strings.Replace(one, prefix, "ngw2.", 1), one + strings.Repeat("A", maxCapability)} {
 		if _, err := key.Open(text); !errors.Is(err, ErrCapability) {
 			t.Errorf("%.20q: %v", text, err)
+		}
+	}
+	for at := range one {
+		if _, err := key.Open(changed(one, at)); !errors.Is(err, ErrCapability) {
+			t.Errorf("changed at %d of %d: %v", at, len(one), err)
+		}
+	}
+	// All spellings of the last bits but one.
+	for _, last := range "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_" {
+		text := one[:len(one)-1] + string(last)
+		if _, err := key.Open(text); text != one && !errors.Is(err, ErrCapability) {
+			t.Errorf("with %q at the end: %v", last, err)
 		}
 	}
 	if _, err := key.Seal(Grant{Repository: strings.Repeat("x", maxCapability)}); err == nil {

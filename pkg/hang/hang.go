@@ -157,16 +157,7 @@ func (w *Watch) look(ctx context.Context) {
 		w.cfg.Log.Error("look for daemons that hang", "error", err)
 		return
 	}
-	// A daemon that was not there before can have hung since then.
-	since := w.looked
-	if now.Sub(w.looked) > 2*w.every() {
-		// We did not run: what happened meanwhile nobody knows.
-		since = now
-		for _, d := range w.seen {
-			d.alive(now)
-		}
-	}
-	w.looked = now
+	since := w.observed(now)
 	present := make(map[name]bool, len(w.seen))
 	for _, rec := range list {
 		for _, g := range rec.Generations() {
@@ -193,6 +184,23 @@ func (w *Watch) look(ctx context.Context) {
 			delete(w.seen, n)
 		}
 	}
+}
+
+// observed returns since when a daemon can have hung that was not there before. What
+// happened while we did not run nobody knows, so that time does not count, for no
+// daemon: on a busy machine looks come late.
+func (w *Watch) observed(now time.Time) (since time.Time) {
+	if w.looked.IsZero() {
+		w.looked = now
+	}
+	if missed := now.Sub(w.looked) - w.every(); missed > w.every() {
+		w.looked = w.looked.Add(missed)
+		for _, d := range w.seen {
+			d.good, d.ran = d.good.Add(missed), d.ran.Add(missed)
+		}
+	}
+	since, w.looked = w.looked, now
+	return since
 }
 
 // alive notes that nothing is wrong.

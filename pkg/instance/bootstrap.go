@@ -138,8 +138,7 @@ func (l *launch) cache(ctx context.Context) (string, error) {
 	}
 	// An older nydusd destroys a cache directory that another process of its
 	// kind uses. Each gets its own, for as long as it lives.
-	waits := len(l.inst.rec.Retired) // one of them may be the first cache's owner
-	var late time.Time
+	var late time.Time // until when the first cache's owner may still be ending
 	for n := 0; ; n++ {
 		dir := filepath.Join(s.CacheDir, "private", fmt.Sprintf("%s.%d", s.Key, n))
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -158,8 +157,7 @@ func (l *launch) cache(ctx context.Context) (string, error) {
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return "", fmt.Errorf("lock cache directory %s: %w", dir, err)
 		}
-		if n == 0 && (waits > 0 || time.Now().Before(late)) && l.inst.awaitRetired(ctx) {
-			waits--
+		if n == 0 && (late.IsZero() || time.Now().Before(late)) && l.inst.awaitRetired(ctx) {
 			n-- // its owner may have just ended
 			if late.IsZero() {
 				late = time.Now().Add(lastThreads)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -167,25 +168,21 @@ const path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 // address may hold a password.
 func Environment(all []string) []string {
 	env := []string{}
-	without := ""
+	// The gateway is on this machine, which a client in Go would know by itself.
+	direct := []string{loopback}
 	for _, e := range all {
 		name, value, _ := strings.Cut(e, "=")
 		switch strings.ToUpper(name) {
 		case "NO_PROXY":
-			// The client takes one of them.
-			if without != "" && value != "" {
-				without += ","
+			// The client takes one of the two spellings.
+			if value != "" && !slices.Contains(direct, value) {
+				direct = append(direct, value)
 			}
-			without += value
 		case "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "RUST_BACKTRACE":
 			env = append(env, e)
 		}
 	}
-	if without != "" {
-		without += ","
-	}
-	// The gateway is on this machine, which a client for Go would know by itself.
-	without += loopback
+	without := strings.Join(direct, ",")
 	return append(env, "NO_PROXY="+without, "no_proxy="+without)
 }
 

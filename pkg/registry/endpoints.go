@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"io/fs"
 	"log/slog"
 	"maps"
 	"net/http"
@@ -75,6 +74,8 @@ type stamp [sha256.Size]byte
 // known is what was found for a registry.
 type known struct {
 	stamp stamp
+	// files are those that hosts.toml names.
+	files []string
 	hosts []Endpoint
 	err   error // why there are none
 	// bad is a later state, which is broken.
@@ -93,15 +94,22 @@ func (e *Endpoints) For(ctx context.Context, registry string) ([]Endpoint, error
 	if err != nil {
 		return nil, fmt.Errorf("find hosts of registry %s: %w", registry, err)
 	}
-	now, err := stampOf(dir)
-	if err != nil {
-		return nil, fmt.Errorf("find hosts of registry %s: %w", registry, err)
-	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	k := e.known[registry]
-	if k != nil && (k.stamp == now || k.bad == now) {
-		return k.hosts, k.err
+	if k != nil {
+		now, err := stampOf(dir, k.files)
+		if err != nil {
+			return nil, fmt.Errorf("find hosts of registry %s: %w", registry, err)
+		}
+		if k.stamp == now || k.bad == now {
+			return k.hosts, k.err
+		}
+	}
+	files := filesOf(dir)
+	now, err := stampOf(dir, files)
+	if err != nil {
+		return nil, fmt.Errorf("find hosts of registry %s: %w", registry, err)
 	}
 	hosts, err := e.read(ctx, registry, dir)
 	if err != nil {
@@ -110,11 +118,11 @@ func (e *Endpoints) For(ctx context.Context, registry string) ([]Endpoint, error
 	switch {
 	case err == nil:
 	case k != nil && k.err == nil:
-		k.bad = now
+		k.bad, k.files = now, files
 		e.cfg.Log.Error("a registry's configuration is broken; the one before it stays in force", "event", "configuration", "registry", registry, "error", err)
 		return k.hosts, nil
 	}
-	e.known[registry] = &known{stamp: now, hosts: hosts, err: err}
+	e.known[registry] = &known{stamp: now, files: files, hosts: hosts, err: err}
 	return hosts, err
 }
 
@@ -136,9 +144,8 @@ func (e *Endpoints) dir(registry string) (string, error) {
 	return "", nil
 }
 
-// stampOf tells states of a directory apart, and of the files that its hosts.toml
-// names.
-func stampOf(dir string) (s stamp, err error) {
+// stampOf tells states of a directory and of some files apart.
+func stampOf(dir string, files []string) (s stamp, err error) {
 	if dir == "" {
 		return s, nil
 	}
@@ -151,21 +158,30 @@ func stampOf(dir string) (s stamp, err error) {
 	for _, entry := range entries {
 		stampFile(h, filepath.Join(dir, entry.Name()))
 	}
-	text, err := os.ReadFile(filepath.Join(dir, hostsFile))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return s, err
-	}
-	var all any
-	if toml.Unmarshal(text, &all) == nil {
-		for _, path := range named(all) {
-			if !filepath.IsAbs(path) {
-				path = filepath.Join(dir, path)
-			}
-			stampFile(h, path)
-		}
+	for _, file := range files {
+		stampFile(h, file)
 	}
 	h.Sum(s[:0])
 	return s, nil
+}
+
+// filesOf lists the files that a directory's hosts.toml names, none when it is broken.
+func filesOf(dir string) (files []string) {
+	text, err := os.ReadFile(filepath.Join(dir, hostsFile))
+	if dir == "" || err != nil {
+		return nil // whoever reads it says so
+	}
+	var all any
+	if toml.Unmarshal(text, &all) != nil {
+		return nil
+	}
+	for _, path := range named(all) {
+		if !filepath.IsAbs(path) {
+			path = filepath.Join(dir, path)
+		}
+		files = append(files, path)
+	}
+	return files
 }
 
 const hostsFile = "hosts.toml"

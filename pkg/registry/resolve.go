@@ -21,19 +21,13 @@ type Backend struct {
 	Dir string
 }
 
-// Resolver finds an image's backend.
-type Resolver interface {
-	// Resolve fails only for a text that is no image reference.
-	Resolve(ref string) (Backend, error)
-}
-
 // dockerHost serves the images that references place at docker.io.
 const (
 	dockerDomain = "docker.io"
 	dockerHost   = "registry-1.docker.io"
 )
 
-// Hosts is the Resolver for images whose blobs are in the registry that they
+// Hosts resolves images whose blobs are in the registry that they
 // were pulled from. Its entries are host or host:port, as in a reference.
 type Hosts struct {
 	// PlainHTTP lists registries that speak http. Those on this machine
@@ -43,7 +37,7 @@ type Hosts struct {
 	SkipVerify []string
 }
 
-// Resolve implements Resolver.
+// Resolve fails only for a text that is no image reference.
 func (h Hosts) Resolve(ref string) (Backend, error) {
 	name, err := parse(ref)
 	if err != nil {
@@ -62,11 +56,11 @@ func (h Hosts) Resolve(ref string) (Backend, error) {
 	return b, nil
 }
 
-// Directory is the Resolver for blobs that lie in a directory of this machine,
+// Directory resolves images to blobs that lie in a directory of this machine,
 // whatever the image is called.
 type Directory string
 
-// Resolve implements Resolver.
+// Resolve fails only for a text that is no image reference.
 func (d Directory) Resolve(ref string) (Backend, error) {
 	if _, err := parse(ref); err != nil {
 		return Backend{}, err

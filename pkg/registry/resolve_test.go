@@ -50,7 +50,7 @@ func TestResolveRefuses(t *testing.T) {
 		"", "/app", "registry.example/", "registry.example/APP", "registry.example/../etc", "https://registry.example/app",
 		"registry.example/app:", "registry.example/app@sha256:12", strings.Repeat("a", 64), "registry.example/a b", "registry.example/a\nb",
 	} {
-		for name, r := range map[string]Resolver{"hosts": Hosts{}, "directory": Directory("/blobs")} {
+		for name, r := range map[string]interface{ Resolve(string) (Backend, error) }{"hosts": Hosts{}, "directory": Directory("/blobs")} {
 			if b, err := r.Resolve(ref); err == nil {
 				t.Errorf("%s accepts %q as %+v", name, ref, b)
 			} else if !strings.Contains(err.Error(), "image reference") {

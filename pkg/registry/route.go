@@ -19,6 +19,10 @@ type Route struct {
 	// Needs are what the registry's configuration asks for and nydusd cannot do by
 	// itself, each with the file that says so.
 	Needs []string
+
+	hosts []Endpoint // that may be pulled from
+	// plain is how the registry is reached when nothing is configured.
+	plain Backend
 }
 
 // Route looks up an image's registry.
@@ -28,10 +32,14 @@ func (e *Endpoints) Route(ctx context.Context, ref string) (Route, error) {
 		return Route{}, err
 	}
 	r := Route{Registry: reference.Domain(name), Repository: reference.Path(name)}
+	if r.plain, err = (Hosts{PlainHTTP: e.cfg.PlainHTTP, SkipVerify: e.cfg.SkipVerify}).Resolve(ref); err != nil {
+		return Route{}, err
+	}
 	hosts, err := e.pullable(ctx, r.Registry)
 	if err != nil {
 		return Route{}, err
 	}
+	r.hosts = hosts
 	if len(hosts) > 1 {
 		r.Needs = append(r.Needs, fmt.Sprintf("%d hosts (%s)", len(hosts), hosts[0].File))
 	}
@@ -66,36 +74,24 @@ var ErrGateway = errors.New("nydusd cannot do that by itself")
 // Direct returns how nydusd reads an image's blobs by itself: from the only host, or
 // from the first of several that answers. The error wraps ErrGateway when what is
 // configured takes the gateway.
-func (e *Endpoints) Direct(ctx context.Context, ref string) (Backend, error) {
-	plain, err := Hosts{PlainHTTP: e.cfg.PlainHTTP, SkipVerify: e.cfg.SkipVerify}.Resolve(ref)
-	if err != nil {
-		return Backend{}, err
-	}
-	route, err := e.Route(ctx, ref)
-	if err != nil {
-		return Backend{}, err
-	}
-	hosts, err := e.pullable(ctx, route.Registry)
-	if err != nil {
-		return Backend{}, err
-	}
-	if len(hosts) == 1 && hosts[0].File == "" {
-		return plain, nil
+func (r Route) Direct(ctx context.Context) (Backend, error) {
+	if len(r.hosts) == 1 && r.hosts[0].File == "" {
+		return r.plain, nil
 	}
 	var errs []error
-	for _, h := range hosts {
+	for _, h := range r.hosts {
 		if len(h.needs) > 0 {
-			return Backend{}, fmt.Errorf("registry %s: %s wants %s for %s: %w", route.Registry, h.File, strings.Join(h.needs, " and "), h.Host, ErrGateway)
+			return Backend{}, fmt.Errorf("registry %s: %s wants %s for %s: %w", r.Registry, h.File, strings.Join(h.needs, " and "), h.Host, ErrGateway)
 		}
-		if len(hosts) > 1 {
+		if len(r.hosts) > 1 {
 			if err := h.ping(ctx); err != nil {
 				errs = append(errs, err)
 				continue
 			}
 		}
-		return Backend{Scheme: h.Scheme, Host: h.Host, Repository: route.Repository, SkipVerify: h.skipVerify && h.Scheme == "https"}, nil
+		return Backend{Scheme: h.Scheme, Host: h.Host, Repository: r.Repository, SkipVerify: h.skipVerify && h.Scheme == "https"}, nil
 	}
-	return Backend{}, fmt.Errorf("no host of registry %s answers: %w", route.Registry, errors.Join(errs...))
+	return Backend{}, fmt.Errorf("no host of registry %s answers: %w", r.Registry, errors.Join(errs...))
 }
 
 // pingTimeout bounds how long one host is waited for.

@@ -95,7 +95,13 @@ func TestGateway(t *testing.T) {
 		c := run(t, g.n, img, "one", kit.RunOptions{})
 		r.ResetRequests()
 		kit.EqualTrees(t, "the view through the gateway", want, kit.MustWalk(t, c.Root()))
+		if len(r.Requests()) == 0 {
+			t.Error("nothing was asked of the registry")
+		}
 		for _, req := range r.Requests() {
+			if !strings.HasPrefix(req.UserAgent, "Go-http-client/") {
+				t.Errorf("the registry is asked by %q, and not by the gateway", req.UserAgent)
+			}
 			if !strings.Contains(req.Path, "/blobs/") {
 				t.Errorf("the registry is asked for %s", req.Path)
 			}

@@ -234,6 +234,18 @@ func (e *env) holderEnds() {
 	within(e.t, "the holder ends", func() bool { return !exists(filepath.Join(runDir, "holder.sock")) })
 }
 
+// kept mounts an image that is read, waits until its daemon can be succeeded, and ends
+// the snapshotter.
+func (e *env) kept(img *fixture) (target string, readers *readers, g instance.Generation) {
+	e.t.Helper()
+	r := e.recover(recovery.PolicyFailover, true)
+	target = e.mustMount(e.spec(img))
+	within(e.t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+	readers, g = e.read(target, 2), e.current()
+	r.stop()
+	return target, readers, g
+}
+
 // Snapshotter and daemon killed together: the holder keeps what the next
 // snapshotter's successor needs.
 func TestFailoverAfterTheSnapshotter(t *testing.T) {
@@ -241,19 +253,14 @@ func TestFailoverAfterTheSnapshotter(t *testing.T) {
 	if !e.succeeds() {
 		return // see TestFailover
 	}
-	r := e.recover(recovery.PolicyFailover, true)
 	img := small(t, "one")
-	target := e.mustMount(e.spec(img))
-	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
-	readers := e.read(target, 2)
-	before := e.current()
-	r.stop()
+	target, readers, before := e.kept(img)
 	// As if it had been killed before it wrote that down.
 	must(t, instance.Change(t.Context(), runDir, e.record().Key, before.Number, func(g *instance.Generation) { g.Kept = false }))
 	e.kill(before.PID)
 	// As a snapshotter leaves it that was killed while it recovered.
 	half := e.half(before)
-	r = e.recover(recovery.PolicyFailover, true)
+	r := e.recover(recovery.PolicyFailover, true)
 	within(t, "a successor", func() bool { return e.current().Restarts == before.Restarts+1 })
 	if now := e.daemons(1)[0].PID; now == half.PID {
 		t.Error("the successor that was left half way still runs")
@@ -273,15 +280,10 @@ func TestFailoverFromTheLivingDaemon(t *testing.T) {
 	if !e.succeeds() {
 		return // see TestFailover
 	}
-	r := e.recover(recovery.PolicyFailover, true)
 	img := small(t, "one")
-	target := e.mustMount(e.spec(img))
-	within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
-	readers := e.read(target, 2)
-	before := e.current()
-	r.stop()
+	target, readers, before := e.kept(img)
 	e.killHolder()
-	r = e.recover(recovery.PolicyFailover, true)
+	r := e.recover(recovery.PolicyFailover, true)
 	within(t, "the new holder has a copy", func() bool { return e.holderHas() == 1 })
 	// It is all that is left.
 	r.stop()
