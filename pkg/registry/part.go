@@ -71,12 +71,17 @@ func (p *Part) Close() error {
 
 // open asks the hosts until one answers.
 func (p *Part) open() error {
+	var earlier error
 	for round := 0; ; round++ {
 		answer, wanted, err := p.ask()
 		if err == nil {
 			p.from = answer
 			return nil
 		}
+		if earlier != nil && time.Since(p.moved) >= p.f.cfg.GiveUp {
+			return earlier // a wait that was cut short says nothing of its host
+		}
+		earlier = err
 		pause := retryablehttp.DefaultBackoff(firstPause, maxPause, round, nil)
 		pause = max(wanted, pause/2+rand.N(pause/2+1))
 		if !isTransient(err) || pause >= p.f.cfg.GiveUp-time.Since(p.moved) {
