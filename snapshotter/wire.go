@@ -115,7 +115,7 @@ func (b backends) Backend(ctx context.Context, ref string) (snapshot.Backend, er
 		Type: nydusd.BackendRegistry, Scheme: at.Scheme, Host: at.Host, Repository: at.Repository, SkipVerify: at.SkipVerify,
 	})
 	out.Credentials = func(ctx context.Context, _ string) (*mountspec.Credentials, error) {
-		c, err := b.keychain.Credentials(ctx, at.Host)
+		c, err := b.keychain.Credentials(ctx, at.Host, at.Repository)
 		if err != nil || c == nil {
 			return nil, err
 		}

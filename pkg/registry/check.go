@@ -89,7 +89,7 @@ func (e *Endpoints) Check(ctx context.Context, ref string) ([]Report, error) {
 		if reports[i].TLS == "" {
 			reports[i].TLS = tlsVerdict(h, nil)
 		}
-		if c, err := e.credentials(ctx, h.Host); err != nil {
+		if c, err := e.credentials(ctx, h.Host, reference.Path(name)); err != nil {
 			reports[i].Credentials = err.Error()
 		} else if c != nil {
 			reports[i].Credentials = c.Source
@@ -114,7 +114,7 @@ func (e *Endpoints) manifest(ctx context.Context, h Endpoint, name reference.Nam
 	defer cancel()
 	ctx = silent(ctx)
 	host := h.RegistryHost
-	host.Authorizer = h.NewAuthorizer(ctx)
+	host.Authorizer = h.NewAuthorizer(ctx, reference.Path(name))
 	resolver := docker.NewResolver(docker.ResolverOptions{Hosts: func(string) ([]docker.RegistryHost, error) { return []docker.RegistryHost{host}, nil }})
 	full, desc, err := resolver.Resolve(ctx, name.String())
 	if err != nil {

@@ -29,6 +29,8 @@ type Credentials struct {
 	IdentityToken string
 	// Source says where they come from, for people.
 	Source string
+	// Expires is until when they may be kept; zero when the source knows of no end.
+	Expires time.Time
 }
 
 // String hides the secret from fmt and from loggers.
@@ -39,9 +41,9 @@ func (*Credentials) GoString() string { return "[credentials]" }
 
 // Keychain finds credentials.
 type Keychain interface {
-	// Credentials returns what opens a registry host, as Backend names it, and
-	// nil when it is to be used without.
-	Credentials(ctx context.Context, host string) (*Credentials, error)
+	// Credentials returns what opens a repository of a registry host, as Backend
+	// names it, and nil when it is to be used without.
+	Credentials(ctx context.Context, host, repository string) (*Credentials, error)
 }
 
 // Docker is the Keychain of the docker command line: config.json with its
@@ -67,7 +69,7 @@ const (
 )
 
 // Credentials implements Keychain.
-func (d Docker) Credentials(ctx context.Context, host string) (*Credentials, error) {
+func (d Docker) Credentials(ctx context.Context, host, _ string) (*Credentials, error) {
 	path := filepath.Join(d.Dir, config.ConfigFileName)
 	file, err := load(path)
 	if err != nil || file == nil {

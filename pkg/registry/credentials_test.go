@@ -62,7 +62,7 @@ func TestDockerFile(t *testing.T) {
 		"other.example":         nil,
 		"example":               nil,
 	} {
-		got, err := d.Credentials(t.Context(), host)
+		got, err := d.Credentials(t.Context(), host, "a/b")
 		if err != nil {
 			t.Errorf("%s: %v", host, err)
 			continue
@@ -78,7 +78,7 @@ func TestDockerFile(t *testing.T) {
 
 func TestDockerFileMissing(t *testing.T) {
 	for _, dir := range []string{t.TempDir(), "/nonexistent"} {
-		if c, err := (Docker{Dir: dir}).Credentials(t.Context(), "registry.example"); c != nil || err != nil {
+		if c, err := (Docker{Dir: dir}).Credentials(t.Context(), "registry.example", "a/b"); c != nil || err != nil {
 			t.Errorf("%s: got %v, %v, want nothing", dir, c, err)
 		}
 	}
@@ -87,11 +87,11 @@ func TestDockerFileMissing(t *testing.T) {
 // A login takes effect without a restart.
 func TestDockerFileIsReadAnew(t *testing.T) {
 	d := dockerDir(t, `{}`, nil)
-	if c, err := d.Credentials(t.Context(), "registry.example"); c != nil || err != nil {
+	if c, err := d.Credentials(t.Context(), "registry.example", "a/b"); c != nil || err != nil {
 		t.Fatalf("got %v, %v, want nothing", c, err)
 	}
 	write(t, filepath.Join(d.Dir, "config.json"), fmt.Sprintf(`{"auths":{"registry.example":{"auth":%q}}}`, auth("u", "p")), 0o600)
-	c, err := d.Credentials(t.Context(), "registry.example")
+	c, err := d.Credentials(t.Context(), "registry.example", "a/b")
 	if err != nil || c == nil || c.Auth != auth("u", "p") {
 		t.Fatalf("got %#v, %v", c, err)
 	}
@@ -112,7 +112,7 @@ func TestDockerHelpers(t *testing.T) {
 		"registry-1.docker.io": auth("all-https://index.docker.io/v1/", "p2"),
 		"anonymous.example":    "",
 	} {
-		got, err := d.Credentials(t.Context(), host)
+		got, err := d.Credentials(t.Context(), host, "a/b")
 		if err != nil {
 			t.Errorf("%s: %v", host, err)
 		} else if want == "" && got != nil || want != "" && (got == nil || got.Auth != want) {
@@ -138,7 +138,7 @@ func TestDockerErrorsNameTheCauseAndNoSecret(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := dockerDir(t, c.config, map[string]string{"h": c.helper})
-			got, err := d.Credentials(t.Context(), "registry.example")
+			got, err := d.Credentials(t.Context(), "registry.example", "a/b")
 			if err == nil {
 				t.Fatalf("got %#v, want an error", got)
 			}
@@ -163,7 +163,7 @@ func TestDockerHelperHangs(t *testing.T) {
 			t.Cleanup(func() { killChild(filepath.Join(d.Dir, "bin", helperPrefix+"h.pid")) })
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 			defer cancel()
-			_, err := d.Credentials(ctx, "registry.example")
+			_, err := d.Credentials(ctx, "registry.example", "a/b")
 			if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
 				t.Fatalf("got %v, want the helper's own time to end", err)
 			}
@@ -202,7 +202,7 @@ func TestHelperEnvironment(t *testing.T) {
 	})
 	t.Setenv("HOME", "")
 	d.Env = []string{"HOME=/where"}
-	c, err := d.Credentials(t.Context(), "registry.example")
+	c, err := d.Credentials(t.Context(), "registry.example", "a/b")
 	if err != nil || c == nil || c.Auth != auth("u", "/where") {
 		t.Errorf("%#v, %v", c, err)
 	}

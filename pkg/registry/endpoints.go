@@ -34,7 +34,7 @@ type Endpoint struct {
 	File string
 	// NewAuthorizer returns an authorizer without any tokens. One is for one
 	// repository: it asks for tokens with every scope that it has met.
-	NewAuthorizer func(ctx context.Context) docker.Authorizer
+	NewAuthorizer func(ctx context.Context, repository string) docker.Authorizer
 	// needs are what nydusd cannot do for the host.
 	needs []string
 	// skipVerify says that any certificate is accepted.
@@ -308,12 +308,12 @@ func (e *Endpoints) endpoint(host docker.RegistryHost, base http.RoundTripper, f
 	}
 	out.Client = &http.Client{Transport: &guard{host: host.Host, header: host.Header, own: host.Client.Transport, foreign: base}, CheckRedirect: followWithoutSecrets}
 	out.Authorizer, out.Header = nil, nil
-	out.NewAuthorizer = func(ctx context.Context) docker.Authorizer {
-		if c, err := e.credentials(ctx, host.Host); err == nil && c != nil && c.RegistryToken != "" {
+	out.NewAuthorizer = func(ctx context.Context, repository string) docker.Authorizer {
+		if c, err := e.credentials(ctx, host.Host, repository); err == nil && c != nil && c.RegistryToken != "" {
 			return bearer{host.Host, c.RegistryToken}
 		}
 		ctx = context.WithoutCancel(ctx) // tokens are others' too
-		return docker.NewDockerAuthorizer(docker.WithAuthClient(out.Client), docker.WithAuthCreds(func(host string) (string, string, error) { return e.login(ctx, host) }))
+		return docker.NewDockerAuthorizer(docker.WithAuthClient(out.Client), docker.WithAuthCreds(func(host string) (string, string, error) { return e.login(ctx, host, repository) }))
 	}
 	return out
 }
@@ -403,8 +403,8 @@ func silent(ctx context.Context) context.Context {
 
 // login finds what opens a host, in the form that containerd's authorizer wants. It is
 // bounded by the keychain.
-func (e *Endpoints) login(ctx context.Context, host string) (user, secret string, err error) {
-	c, err := e.credentials(ctx, host)
+func (e *Endpoints) login(ctx context.Context, host, repository string) (user, secret string, err error) {
+	c, err := e.credentials(ctx, host, repository)
 	if err != nil || c == nil {
 		return "", "", err
 	}
@@ -419,11 +419,11 @@ func (e *Endpoints) login(ctx context.Context, host string) (user, secret string
 	return user, secret, nil
 }
 
-func (e *Endpoints) credentials(ctx context.Context, host string) (*Credentials, error) {
+func (e *Endpoints) credentials(ctx context.Context, host, repository string) (*Credentials, error) {
 	if e.cfg.Keychain == nil {
 		return nil, nil
 	}
-	return e.cfg.Keychain.Credentials(ctx, host)
+	return e.cfg.Keychain.Credentials(ctx, host, repository)
 }
 
 // maxRedirects bounds how often a registry may send on.

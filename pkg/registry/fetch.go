@@ -156,7 +156,7 @@ func (f *Fetcher) session(ctx context.Context, b Blob, host Endpoint, not *sessi
 	if len(f.sessions) >= maxSessions {
 		clear(f.sessions) // each costs a token
 	}
-	s = &session{host: host.Client, authorizer: host.NewAuthorizer(ctx)}
+	s = &session{host: host.Client, authorizer: host.NewAuthorizer(ctx, b.Repository)}
 	f.sessions[key] = s
 	return s
 }

@@ -328,7 +328,7 @@ func TestRedirect(t *testing.T) {
 // fixed is a keychain with one login.
 type fixed string
 
-func (f fixed) Credentials(context.Context, string) (*Credentials, error) {
+func (f fixed) Credentials(context.Context, string, string) (*Credentials, error) {
 	return &Credentials{Auth: base64.StdEncoding.EncodeToString([]byte(f))}, nil
 }
 
