@@ -32,10 +32,12 @@ func gatewayCommand() *cli.Command {
 		Usage: "give nydusd the blobs of mounted images, from wherever their registries' hosts.toml files say",
 		Description: "Its own process, so that neither its end nor the snapshotter's is noticed by the other.\n" +
 			"With a socket from systemd (nydus-gateway.socket) not even its restart is: who connects meanwhile waits.",
-		Flags:  []cli.Flag{configFlag()},
+		Flags: []cli.Flag{
+			configFlag(), rootFlag(), runDirFlag(), logLevelFlag(),
+		},
 		Before: noArguments,
 		Action: func(c *cli.Context) error {
-			cfg, err := loadConfig(c.String("config"), c.IsSet("config"), nil)
+			cfg, err := loadOverridden(c)
 			if err != nil {
 				return err
 			}
@@ -52,16 +54,7 @@ func serveGateway(ctx context.Context, cfg config.Config) error {
 	if err := setupLog(cfg.Log); err != nil {
 		return err
 	}
-	// It makes no key and mounts nothing: in a mount namespace of its own nobody would
-	// see that.
-	key, err := mountspec.KeyDir(mountspec.DefaultKeyDir).Named(cfg.Root)
-	if errors.Is(err, fs.ErrNotExist) {
-		err = fmt.Errorf("no nydus-snapshotter with root %s has run since the boot; start it first: %w", cfg.Root, err)
-	}
-	if err != nil {
-		return err
-	}
-	sealing, err := key.Derive(capabilityKey)
+	sealing, err := gatewayKey(cfg.Root)
 	if err != nil {
 		return err
 	}
@@ -71,7 +64,7 @@ func serveGateway(ctx context.Context, cfg config.Config) error {
 	}
 	server := gateway.New(gateway.Config{
 		Key: sealing, Images: &mounted{runDir: cfg.RunDir, blobs: map[string]blobs{}},
-		Source: source{registry.NewFetcher(registry.FetcherConfig{Finder: endpoints(cfg.Remote)})}, Log: slog.Default(),
+		Source: source{registry.NewFetcher(registry.FetcherConfig{Finder: endpoints(cfg.Remote), Streams: cfg.Remote.HostStreams, Rate: int64(cfg.Remote.HostBandwidth)})}, Log: slog.Default(),
 	}).HTTP()
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(listener) }()
@@ -93,6 +86,19 @@ func serveGateway(ctx context.Context, cfg config.Config) error {
 		return err
 	}
 	return nil
+}
+
+// gatewayKey finds the key of the gateway for a snapshotter's root. It makes none and
+// mounts nothing: in a mount namespace of our own nobody would see that.
+func gatewayKey(root string) (gateway.Key, error) {
+	key, err := mountspec.KeyDir(mountspec.DefaultKeyDir).Named(root)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("no nydus-snapshotter with root %s has run since the boot; start it first: %w", root, err)
+	}
+	if err != nil {
+		return gateway.Key{}, err
+	}
+	return key.Derive(capabilityKey)
 }
 
 // gatewayListener takes the socket that systemd has, or makes one.

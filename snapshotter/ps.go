@@ -49,7 +49,7 @@ func psCommand() *cli.Command {
 			p := ps{runDir: c.String("run-dir"), out: c.App.Writer, errors: c.App.ErrWriter, print: print, now: time.Now}
 			// A configuration that is broken keeps nobody from looking.
 			if p.runDir == "" || c.IsSet("config") {
-				cfg, err := loadRunDir(c)
+				cfg, err := loadOverridden(c)
 				if err != nil {
 					return err
 				}
@@ -69,15 +69,6 @@ func configFlag() cli.Flag {
 
 func runDirFlag() cli.Flag {
 	return &cli.StringFlag{Name: "run-dir", Usage: "`DIR` for mounted images, instead of the configured one"}
-}
-
-// loadRunDir reads the configuration for a command that has these two flags.
-func loadRunDir(c *cli.Context) (config.Config, error) {
-	over := config.Overrides{}
-	if c.IsSet("run-dir") {
-		over["run_dir"] = c.String("run-dir")
-	}
-	return loadConfig(c.String("config"), c.IsSet("config"), over)
 }
 
 // row is a line of the list.

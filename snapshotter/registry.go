@@ -1,10 +1,12 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -12,6 +14,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
+	"github.com/nydusfs/nydus-snapshotter/pkg/gateway"
 	"github.com/nydusfs/nydus-snapshotter/pkg/registry"
 )
 
@@ -24,7 +27,7 @@ func registryCommand() *cli.Command {
 			Usage:     "ask every host of an image's registry for its manifest and a part of a blob; exit code 1 when a mount would not work",
 			ArgsUsage: "IMAGE",
 			Flags: []cli.Flag{
-				configFlag(),
+				configFlag(), rootFlag(),
 				&cli.StringFlag{Name: "format", Value: "table", Usage: "table or json"},
 			},
 			Action: checkRegistry,
@@ -38,9 +41,11 @@ type checked struct {
 	// Gateway says that nydusd would read through the gateway, because of Needs when
 	// there are any.
 	Gateway bool              `json:"gateway"`
-	Needs   []string          `json:"needs"`
-	Hosts   []registry.Report `json:"hosts"`
-	Works   bool              `json:"works"`
+	Needs []string          `json:"needs"`
+	Hosts []registry.Report `json:"hosts"`
+	Works bool              `json:"works"`
+	// Why says why a mount would not work.
+	Why string `json:"why,omitempty"`
 }
 
 func checkRegistry(c *cli.Context) error {
@@ -51,7 +56,7 @@ func checkRegistry(c *cli.Context) error {
 	if c.Args().Len() != 1 {
 		return errors.New("registry check: want one IMAGE, after the options")
 	}
-	cfg, err := loadConfig(c.String("config"), c.IsSet("config"), nil)
+	cfg, err := loadOverridden(c)
 	if err != nil {
 		return err
 	}
@@ -68,19 +73,38 @@ func checkRegistry(c *cli.Context) error {
 	if out.Hosts, err = hosts.Check(c.Context, image); err != nil {
 		return fmt.Errorf("registry check: %w", err)
 	}
-	for _, h := range out.Hosts {
-		out.Works = out.Works || h.Works()
+	wrong := out.try(c.Context, cfg, route)
+	if out.Works = wrong == nil; !out.Works {
+		out.Why = wrong.Error()
+		wrong = fmt.Errorf("registry check: %w", wrong)
 	}
-	if !out.Gateway {
-		if _, err := route.Direct(c.Context); err != nil {
-			return fmt.Errorf("registry check: %w", err)
+	return errors.Join(out.print(c.App.Writer, format), wrong)
+}
+
+// try returns why a mount would not work.
+func (o *checked) try(ctx context.Context, cfg config.Config, route registry.Route) error {
+	if !slices.ContainsFunc(o.Hosts, registry.Report.Works) {
+		return fmt.Errorf("no host gives out the blobs of %s", o.Image)
+	}
+	if o.Gateway {
+		sealing, err := gatewayKey(cfg.Root)
+		if err != nil {
+			return err
 		}
+		if err := gateway.Probe(ctx, cfg.Remote.GatewayAddress, sealing); err != nil {
+			return fmt.Errorf("the gateway on %s: %w; run it (systemctl enable --now nydus-gateway.socket)", cfg.Remote.GatewayAddress, err)
+		}
+		return nil
 	}
-	if err := out.print(c.App.Writer, format); err != nil {
+	at, err := route.Direct(ctx)
+	if err != nil {
 		return err
 	}
-	if !out.Works {
-		return fmt.Errorf("registry check: no host gives out the blobs of %s", image)
+	// The one that nydusd would be given has to work, whoever else does.
+	for _, h := range o.Hosts {
+		if h.Host == at.Host && !h.Works() {
+			return fmt.Errorf("nydusd would read from %s alone, which does not give out the blobs: %s", h.Host, line(h.Blob))
+		}
 	}
 	return nil
 }

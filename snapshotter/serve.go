@@ -34,9 +34,23 @@ const (
 	restartDelay = 10 * time.Second
 )
 
-// overridable are the options of serve that replace a key of the configuration.
-func overridable() map[string]string {
-	return map[string]string{"address": "address", "root": "root", "run-dir": "run_dir", "log-level": "log.level"}
+// loadOverridden reads the configuration, of which options may replace a key.
+func loadOverridden(c *cli.Context) (config.Config, error) {
+	over := config.Overrides{}
+	for flag, key := range map[string]string{"address": "address", "root": "root", "run-dir": "run_dir", "log-level": "log.level"} {
+		if c.IsSet(flag) {
+			over[key] = c.String(flag)
+		}
+	}
+	return loadConfig(c.String("config"), c.IsSet("config"), over)
+}
+
+func rootFlag() cli.Flag {
+	return &cli.StringFlag{Name: "root", Usage: "`DIR` for layers and cache, instead of the configured one"}
+}
+
+func logLevelFlag() cli.Flag {
+	return &cli.StringFlag{Name: "log-level", Usage: "`LEVEL`, instead of the configured one"}
 }
 
 func serveCommand() *cli.Command {
@@ -47,18 +61,10 @@ func serveCommand() *cli.Command {
 		Flags: []cli.Flag{
 			configFlag(),
 			&cli.StringFlag{Name: "address", Usage: "unix `SOCKET` for containerd, instead of the configured one"},
-			&cli.StringFlag{Name: "root", Usage: "`DIR` for layers and cache, instead of the configured one"},
-			runDirFlag(),
-			&cli.StringFlag{Name: "log-level", Usage: "`LEVEL`, instead of the configured one"},
+			rootFlag(), runDirFlag(), logLevelFlag(),
 		},
 		Action: func(c *cli.Context) error {
-			over := config.Overrides{}
-			for flag, key := range overridable() {
-				if c.IsSet(flag) {
-					over[key] = c.String(flag)
-				}
-			}
-			cfg, err := loadConfig(c.String("config"), c.IsSet("config"), over)
+			cfg, err := loadOverridden(c)
 			if err != nil {
 				return err
 			}

@@ -43,7 +43,7 @@ func upgradeCommand() *cli.Command {
 			&cli.StringFlag{Name: "format", Value: "text", Usage: "text or json, an object a line"},
 		},
 		Action: func(c *cli.Context) error {
-			cfg, err := loadRunDir(c)
+			cfg, err := loadOverridden(c)
 			if err != nil {
 				return err
 			}

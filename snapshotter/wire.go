@@ -33,7 +33,7 @@ func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf) (sna
 		RunDir:   cfg.RunDir,
 		Managed:  cfg.Mount.Style == config.StyleManaged,
 		Daemon:   daemon.spec,
-		Backends: backends{cfg.Remote, endpoints(cfg.Remote), docker(), sealing},
+		Backends: backends{cfg.Remote, endpoints(cfg.Remote), docker(), sealing, cfg.Daemon.Mode == config.ModeShared},
 		Sealer:   sealer{key},
 	}
 	if cfg.Mount.Credentials == config.CredentialsPlain {
@@ -83,6 +83,8 @@ type backends struct {
 	endpoints *registry.Endpoints
 	keychain  registry.Keychain
 	sealing   gateway.Key
+	// shared says that daemons are for many images.
+	shared bool
 }
 
 // Backend implements snapshot.Backends.
@@ -111,6 +113,10 @@ func (b backends) Backend(ctx context.Context, ref string) (snapshot.Backend, er
 		}
 		return out, err
 	}
+	if at.CAFile != "" && b.shared {
+		return out, fmt.Errorf(`registry %s: %s has a certificate authority of its own (ca), and daemon.mode is "shared": %w; set remote.gateway = "auto" and run the gateway`, route.Registry, at.CAFile, registry.ErrGateway)
+	}
+	out.CAFile = at.CAFile
 	out.Config = rendered(nydusd.Backend{
 		Type: nydusd.BackendRegistry, Scheme: at.Scheme, Host: at.Host, Repository: at.Repository, SkipVerify: at.SkipVerify,
 	})

@@ -187,6 +187,10 @@ type Remote struct {
 	// listens: a loopback IP address and a port.
 	Gateway        Gateway `toml:"gateway"`
 	GatewayAddress string  `toml:"gateway_address"`
+	// HostStreams bounds how many requests the gateway has under way at one host,
+	// HostBandwidth how many bytes it reads from one in a second; 0 for no bound.
+	HostStreams   int  `toml:"host_streams"`
+	HostBandwidth Size `toml:"host_bandwidth"`
 	// PlainHTTP and SkipVerify list registries as host or host:port, of which
 	// ConfigPath says nothing.
 	PlainHTTP  []string `toml:"plain_http"`

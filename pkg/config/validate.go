@@ -35,6 +35,8 @@ const (
 	maxLinger       = 24 * time.Hour
 
 	minLog = 64 << 10
+	// minBandwidth lets a request of nydusd end before it gives up.
+	minBandwidth = 1 << 20
 	maxLog = 1 << 30
 )
 
@@ -181,6 +183,12 @@ func (v *validator) remote(c Config) {
 	v.oneOf("remote.gateway", string(r.Gateway), string(GatewayAuto), string(GatewayAlways), string(GatewayNever))
 	if at, err := netip.ParseAddrPort(r.GatewayAddress); err != nil || !at.Addr().IsLoopback() || at.Port() == 0 {
 		v.fail("remote.gateway_address", `%q: want an address of this machine only, such as "127.0.0.1:476" or "[::1]:476": whoever reaches it could try capabilities`, r.GatewayAddress)
+	}
+	if r.HostStreams < 0 {
+		v.fail("remote.host_streams", "is %d, want 0 or more", r.HostStreams)
+	}
+	if r.HostBandwidth < 0 || r.HostBandwidth > 0 && r.HostBandwidth < minBandwidth {
+		v.fail("remote.host_bandwidth", "is %s, want 0 for no bound, or at least %s in a second: nydusd waits for a request no longer than half a minute", r.HostBandwidth, Size(minBandwidth))
 	}
 	v.hosts("remote.plain_http", r.PlainHTTP)
 	v.hosts("remote.skip_verify", r.SkipVerify)

@@ -207,7 +207,7 @@ func (l *launch) env() []string {
 	if l.spec.env != nil {
 		return l.spec.env
 	}
-	return nydusd.Environment(os.Environ())
+	return nydusd.Environment(os.Environ(), l.spec.Daemon.CAFile)
 }
 
 // writeEnv keeps it for successors. An image in a pool has none of its own.

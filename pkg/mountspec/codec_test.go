@@ -73,6 +73,7 @@ func variants() map[string]*Spec {
 		s.Lower = []string{s.Root + "/snapshots/ü 漢字/fs"}
 	})
 	add("limits", func(s *Spec) { s.Credentials, s.Daemon.MemoryLimit, s.Daemon.CPULimit = nil, 256<<20, 1500 })
+	add("ca-file", func(s *Spec) { s.Daemon.CAFile = "/etc/containerd/certs.d/registry.example/ca.crt" })
 	add("least", func(s *Spec) {
 		s.Credentials, s.Lower, s.OverlayOptions, s.Image, s.Host = nil, nil, nil, "", ""
 		s.Repository = "/srv/blobs"

@@ -136,6 +136,9 @@ type Daemon struct {
 	CPULimit    int   `json:"cpu_limit,omitempty"`
 	// Mode says whether it serves this image alone.
 	Mode Mode `json:"mode,omitempty"`
+	// CAFile has the certificate authorities that it trusts beside those of the
+	// machine; empty for none. Only one that serves an image alone can have it.
+	CAFile string `json:"ca_file,omitempty"`
 }
 
 // Credentials open a registry. At most one of the two is set.
@@ -220,6 +223,9 @@ func (s *Spec) Validate() error {
 	if c := s.Credentials; c != nil && (c.Auth == "") == (c.RegistryToken == "") {
 		fail("credentials: want either auth or a registry token")
 	}
+	if s.Daemon.CAFile != "" && s.Daemon.Mode == ModeShared {
+		fail("CA file %q: a daemon that is shared has none", s.Daemon.CAFile)
+	}
 	if d := s.Daemon; d.MemoryLimit < 0 || d.CPULimit < 0 {
 		fail("daemon limits of %d bytes and %d thousandths of a core: want 0 or more", d.MemoryLimit, d.CPULimit)
 	}
@@ -232,7 +238,12 @@ func (s *Spec) Validate() error {
 // whatever else is wrong.
 func (s *Spec) validatePaths() []error {
 	var errs []error
-	for _, p := range []struct{ name, path string }{{"root", s.Root}, {"run directory", s.RunDir}, {"nydusd", s.Daemon.Path}} {
+	type named struct{ name, path string }
+	absolute := []named{{"root", s.Root}, {"run directory", s.RunDir}, {"nydusd", s.Daemon.Path}}
+	if s.Daemon.CAFile != "" {
+		absolute = append(absolute, named{"CA file", s.Daemon.CAFile})
+	}
+	for _, p := range absolute {
 		if !filepath.IsAbs(p.path) || filepath.Clean(p.path) != p.path {
 			errs = append(errs, fmt.Errorf("%s %q: want an absolute path, free of . and .. elements", p.name, p.path))
 		}
@@ -255,7 +266,8 @@ func (s *Spec) validateText() []error {
 	type text struct{ name, value string }
 	texts := []text{{"bootstrap", s.Bootstrap}, {"config", s.Config}, {"snapshot directory", s.SnapshotDir}, {"image", s.Image},
 		{"host", s.Host}, {"repository", s.Repository}, {"root", s.Root}, {"run directory", s.RunDir}, {"cache directory", s.CacheDir},
-		{"nydusd", s.Daemon.Path}, {"log level", s.Daemon.LogLevel}, {"cgroup parent", s.Daemon.CgroupParent}}
+		{"nydusd", s.Daemon.Path}, {"log level", s.Daemon.LogLevel}, {"cgroup parent", s.Daemon.CgroupParent},
+		{"CA file", s.Daemon.CAFile}}
 	for _, l := range s.Lower {
 		texts = append(texts, text{"lower directory", l})
 	}

@@ -74,6 +74,8 @@ func TestValidateNamesEveryFault(t *testing.T) {
 		"root relative":       {func(s *Spec) { s.Root = "var" }, []string{`root "var"`}},
 		"root is everything":  {func(s *Spec) { s.Root = "/" }, []string{"outside"}},
 		"nydusd relative":     {func(s *Spec) { s.Daemon.Path = "nydusd" }, []string{`nydusd "nydusd"`}},
+		"CA file relative":    {func(s *Spec) { s.Daemon.CAFile = "ca.crt" }, []string{`CA file "ca.crt"`}},
+		"CA file, shared":     {func(s *Spec) { s.Daemon.CAFile, s.Daemon.Mode = "/ca.crt", ModeShared }, []string{`CA file "/ca.crt"`, "shared"}},
 		"memory below none":   {func(s *Spec) { s.Daemon.MemoryLimit = -1 }, []string{"limits of -1 bytes"}},
 		"CPU below none":      {func(s *Spec) { s.Daemon.CPULimit = -5 }, []string{"-5 thousandths"}},
 		"not UTF-8":           {func(s *Spec) { s.Config += "\xff"; s.Image = "\xff" }, []string{"config is not UTF-8", "image is not UTF-8"}},

@@ -85,7 +85,7 @@ func TestStart(t *testing.T) {
 	must(t, err)
 	defer unix.Close(open)
 	p, log := startScript(t, Command{
-		Env: Environment(os.Environ()), Config: "/c", Bootstrap: "/b", Mountpoint: "/m", Socket: "/s", LogLevel: "warn", Threads: 3, OOMScoreAdj: 300, CacheLock: lock,
+		Env: Environment(os.Environ(), ""), Config: "/c", Bootstrap: "/b", Mountpoint: "/m", Socket: "/s", LogLevel: "warn", Threads: 3, OOMScoreAdj: 300, CacheLock: lock,
 	}, `printf '%s\n' "$@" "cwd $(pwd)" "fd0 $(readlink /proc/$$/fd/0)" "fd3 $(readlink /proc/$$/fd/3)"
 for fd in /proc/$$/fd/*; do echo "open ${fd##*/}"; done
 while read -r line; do echo "$line"; done < /proc/$$/status

@@ -165,9 +165,13 @@ const path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 // Environment keeps of an environment what nydusd's HTTP client and its panics
 // understand, and nothing of the container whose mount happens to start it. A proxy's
-// address may hold a password.
-func Environment(all []string) []string {
+// address may hold a password. caFile, if there is one, has the certificate authorities
+// that it is to trust.
+func Environment(all []string, caFile string) []string {
 	env := []string{}
+	if caFile != "" {
+		env = append(env, certFile+"="+caFile)
+	}
 	// The gateway is on this machine, which a client in Go would know by itself.
 	direct := []string{loopback}
 	for _, e := range all {
@@ -178,13 +182,20 @@ func Environment(all []string) []string {
 			if value != "" && !slices.Contains(direct, value) {
 				direct = append(direct, value)
 			}
-		case "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "RUST_BACKTRACE":
+		case certFile:
+			if caFile == "" {
+				env = append(env, e)
+			}
+		case "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "SSL_CERT_DIR", "RUST_BACKTRACE":
 			env = append(env, e)
 		}
 	}
 	without := strings.Join(direct, ",")
 	return append(env, "NO_PROXY="+without, "no_proxy="+without)
 }
+
+// certFile names the variable of both daemons' TLS library.
+const certFile = "SSL_CERT_FILE"
 
 // loopback is what is reached without a proxy, however that is written.
 const loopback = "localhost,127.0.0.1,127.0.0.0/8,::1"

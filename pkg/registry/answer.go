@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -34,16 +35,43 @@ type answer struct {
 	body   io.ReadCloser
 	cancel context.CancelCauseFunc
 	ctx    context.Context
+	bound  *bound
+	closed sync.Once
 	stall  time.Duration
+	// waited is how long the last bytes have taken, of which there are got.
+	waited time.Duration
+	got    int
 }
 
-// Read implements io.Reader, with a bound for each call.
+// enough is how much has to come within the stall timeout: a host that gives out less
+// is as good as none.
+const enough = 64 << 10
+
+// Read implements io.Reader. The time in which nobody reads is not the host's.
 func (a *answer) Read(buf []byte) (int, error) {
-	timer := time.AfterFunc(a.stall, func() { a.cancel(fmt.Errorf("nothing came for %s", a.stall)) })
+	if most := a.bound.rate.Burst(); most > 0 && len(buf) > most {
+		buf = buf[:most]
+	}
+	late := fmt.Errorf("nothing came for %s", a.stall)
+	if a.got > 0 {
+		late = fmt.Errorf("only %d bytes came within %s", a.got, a.stall)
+	}
+	begun := time.Now()
+	timer := time.AfterFunc(a.stall-a.waited, func() { a.cancel(late) })
 	n, err := a.body.Read(buf)
 	timer.Stop()
+	a.waited, a.got = a.waited+time.Since(begun), a.got+n
+	if a.got >= enough {
+		a.waited, a.got = 0, 0
+	}
 	if err != nil && !errors.Is(err, io.EOF) && a.ctx.Err() != nil {
 		err = context.Cause(a.ctx)
+	}
+	if n > 0 {
+		// Its bytes are there; what is waited for is the right to the next ones.
+		if slow := a.bound.rate.WaitN(a.ctx, n); slow != nil && err == nil {
+			err = context.Cause(a.ctx)
+		}
 	}
 	return n, err
 }
@@ -52,18 +80,34 @@ func (a *answer) Read(buf []byte) (int, error) {
 func (a *answer) Close() error {
 	err := a.body.Close()
 	a.cancel(nil)
+	a.closed.Do(func() { a.bound.streams.Release(1) })
 	return err
 }
 
-// askHost asks one host for what is left, and waits no longer than its share.
+// askHost asks one host for what is left when it is its turn, and waits for it no
+// longer than its share.
 func (p *Part) askHost(host Endpoint, share time.Duration) (*answer, error) {
+	b, begun := p.f.bound(host), time.Now()
+	if err := b.streams.Acquire(p.ctx, 1); err != nil {
+		return nil, context.Cause(p.ctx)
+	}
+	p.moved = p.moved.Add(time.Since(begun))
+	a, err := p.answerOf(host, b, share)
+	if err != nil {
+		b.streams.Release(1)
+	}
+	return a, err
+}
+
+// answerOf asks one host for what is left.
+func (p *Part) answerOf(host Endpoint, b *bound, share time.Duration) (*answer, error) {
 	ctx, cancel := context.WithCancelCause(p.ctx)
 	timeout := min(p.f.cfg.AnswerTimeout, max(time.Millisecond, min(share, p.f.cfg.GiveUp-time.Since(p.moved))))
 	timer := time.AfterFunc(timeout, func() { cancel(fmt.Errorf("no answer within %s", timeout.Round(time.Millisecond))) })
 	resp, err := p.do(ctx, host)
 	timer.Stop()
 	if err == nil {
-		a := &answer{host: host, body: resp.Body, cancel: cancel, ctx: ctx, stall: p.f.cfg.StallTimeout}
+		a := &answer{host: host, body: resp.Body, cancel: cancel, ctx: ctx, bound: b, stall: p.f.cfg.StallTimeout}
 		if err = p.accept(a, resp); err == nil {
 			return a, nil
 		}
@@ -155,9 +199,14 @@ func plain(err error) error {
 	return err
 }
 
+// isOwn tells whether a host is the registry's own. Others are told whose blob it is.
+func isOwn(registry, host string) bool {
+	return host == registry || registry == dockerDomain && host == dockerHost
+}
+
 func (p *Part) request(ctx context.Context, host Endpoint) (*http.Request, error) {
 	at := url.URL{Scheme: host.Scheme, Host: host.Host, Path: host.Path + "/" + p.blob.Repository + "/blobs/" + p.blob.Digest.String()}
-	if host.Host != p.blob.Registry && (p.blob.Registry != dockerDomain || host.Host != dockerHost) {
+	if !isOwn(p.blob.Registry, host.Host) {
 		at.RawQuery = url.Values{"ns": {p.blob.Registry}}.Encode()
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)

@@ -37,6 +37,10 @@ type Endpoint struct {
 	NewAuthorizer func(ctx context.Context, repository string) docker.Authorizer
 	// needs are what nydusd cannot do for the host.
 	needs []string
+	// ownCA says that it has certificate authorities of its own. caFile is their
+	// file, which nydusd can be given when it is the only one.
+	ownCA  bool
+	caFile string
 	// skipVerify says that any certificate is accepted.
 	skipVerify bool
 }
@@ -106,7 +110,7 @@ func (e *Endpoints) For(ctx context.Context, registry string) ([]Endpoint, error
 			return k.hosts, k.err
 		}
 	}
-	files := filesOf(dir)
+	files, _ := configured(dir)
 	now, err := stampOf(dir, files)
 	if err != nil {
 		return nil, fmt.Errorf("find hosts of registry %s: %w", registry, err)
@@ -165,23 +169,46 @@ func stampOf(dir string, files []string) (s stamp, err error) {
 	return s, nil
 }
 
-// filesOf lists the files that a directory's hosts.toml names, none when it is broken.
-func filesOf(dir string) (files []string) {
+// values are those of a hosts.toml, with what containerd's package does not tell.
+type values map[string]any
+
+// configured returns what a directory's hosts.toml says and the files that it names;
+// nothing when it is broken, which whoever reads it says.
+func configured(dir string) (files []string, v values) {
 	text, err := os.ReadFile(filepath.Join(dir, hostsFile))
-	if dir == "" || err != nil {
-		return nil // whoever reads it says so
+	if dir == "" || err != nil || toml.Unmarshal(text, &v) != nil {
+		return nil, nil
 	}
-	var all any
-	if toml.Unmarshal(text, &all) != nil {
-		return nil
+	for _, key := range []string{"ca", "client"} {
+		files = append(files, v.files(dir, key)...)
 	}
-	for _, path := range named(all) {
+	return files, v
+}
+
+// files lists those that a key names, wherever it is, once each.
+func (v values) files(dir, key string) (files []string) {
+	for _, path := range texts(v.all(key)) {
 		if !filepath.IsAbs(path) {
 			path = filepath.Join(dir, path)
 		}
 		files = append(files, path)
 	}
-	return files
+	slices.Sort(files)
+	return slices.Compact(files)
+}
+
+// all lists the values of a key, wherever it is.
+func (v values) all(key string) (found []any) {
+	for _, name := range slices.Sorted(maps.Keys(v)) {
+		table, isTable := v[name].(map[string]any)
+		switch {
+		case name == key:
+			found = append(found, v[name])
+		case isTable:
+			found = append(found, values(table).all(key)...)
+		}
+	}
+	return found
 }
 
 const hostsFile = "hosts.toml"
@@ -195,25 +222,7 @@ func stampFile(h hash.Hash, path string) {
 	fmt.Fprintf(h, "%q %d %d %v\n", path, info.Size(), info.ModTime().UnixNano(), info.Mode())
 }
 
-// named lists the files that a hosts.toml names, in whatever form.
-func named(value any) (paths []string) {
-	switch v := value.(type) {
-	case map[string]any:
-		for _, key := range slices.Sorted(maps.Keys(v)) {
-			if key == "ca" || key == "client" {
-				paths = append(paths, texts(v[key])...)
-			} else {
-				paths = append(paths, named(v[key])...)
-			}
-		}
-	case []any:
-		for _, one := range v {
-			paths = append(paths, named(one)...)
-		}
-	}
-	return paths
-}
-
+// texts lists the texts in whatever form a hosts.toml may have them.
 func texts(value any) (list []string) {
 	switch v := value.(type) {
 	case string:
@@ -259,8 +268,26 @@ func (e *Endpoints) read(ctx context.Context, registry, dir string) ([]Endpoint,
 	hosts := make([]Endpoint, len(list))
 	for i, host := range list {
 		hosts[i] = e.endpoint(host, bases[host.Client], file, dir == "" && slices.Contains(e.cfg.SkipVerify, registry))
+		if dir != "" {
+			hosts[i].know(dir)
+		}
 	}
 	return hosts, nil
+}
+
+// know adds what the host's directory alone tells of what nydusd can.
+func (h *Endpoint) know(dir string) {
+	_, values := configured(dir)
+	if len(values.all("dial_timeout")) > 0 {
+		h.needs = append(h.needs, "a bound for connecting (dial_timeout)")
+	}
+	files := values.files(dir, "ca")
+	if values == nil {
+		files, _ = filepath.Glob(filepath.Join(dir, "*.crt"))
+	}
+	if h.ownCA && len(files) == 1 {
+		h.caFile = files[0]
+	}
 }
 
 // tuned is a transport for many ranges of a few hosts.
@@ -290,9 +317,7 @@ func (e *Endpoints) endpoint(host docker.RegistryHost, base http.RoundTripper, f
 		if len(t.TLSClientConfig.Certificates) > 0 {
 			out.needs = append(out.needs, "a client certificate (client)")
 		}
-		if t.TLSClientConfig.RootCAs != nil {
-			out.needs = append(out.needs, "a certificate authority (ca)")
-		}
+		out.ownCA = t.TLSClientConfig.RootCAs != nil
 	}
 	if host.Client.Transport != base {
 		out.needs = append(out.needs, "https that falls back to http")
@@ -304,7 +329,7 @@ func (e *Endpoints) endpoint(host docker.RegistryHost, base http.RoundTripper, f
 		out.needs = append(out.needs, "another path (override_path)")
 	}
 	if file == "" {
-		out.needs = nil // what nobody has configured nydusd can
+		out.needs, out.ownCA = nil, false // what nobody has configured nydusd can
 	}
 	out.Client = &http.Client{Transport: &guard{host: host.Host, header: host.Header, own: host.Client.Transport, foreign: base}, CheckRedirect: followWithoutSecrets}
 	out.Authorizer, out.Header = nil, nil

@@ -95,7 +95,7 @@ func TestEndpointsFollowCertificates(t *testing.T) {
 	}
 	put(t, ca, certificate(t))
 	hosts, err := e.For(t.Context(), "r.test")
-	if err != nil || len(hosts) != 1 || len(hosts[0].needs) != 1 {
+	if err != nil || len(hosts) != 1 || !hosts[0].ownCA || hosts[0].caFile != ca {
 		t.Fatalf("with it: %+v, %v", hosts, err)
 	}
 	again, _ := e.For(t.Context(), "r.test")

@@ -4,12 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"math"
 	"net/http"
 	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/semaphore"
+	"golang.org/x/time/rate"
 )
 
 // Blob is one of a repository's blobs.
@@ -40,6 +44,11 @@ type FetcherConfig struct {
 	GiveUp time.Duration
 	// Avoid is how long a host that failed is asked after the others; 10 seconds.
 	Avoid time.Duration
+	// Streams bounds how many parts are read from one host at the same time, Rate how
+	// many bytes come from it in a second; 0 for no bound. Who has to wait does so at
+	// the host whose turn it is: that it is busy is no fault of its.
+	Streams int
+	Rate    int64
 }
 
 // Fetcher reads parts of blobs from whichever host of their registry gives them out.
@@ -53,10 +62,13 @@ type Fetcher struct {
 	cfg FetcherConfig
 
 	mu sync.Mutex
-	// avoided is until when a host, by scheme and name, is asked after the others.
+	// avoided is until when a host is asked after the others: by its name, or by its
+	// name and that of one blob.
 	avoided map[string]time.Time
 	// sessions are those with hosts, for a repository each.
 	sessions map[string]*session
+	// bounds are those of hosts, by their names.
+	bounds map[string]*bound
 }
 
 // session is what a host has issued for a repository.
@@ -77,7 +89,7 @@ func NewFetcher(cfg FetcherConfig) *Fetcher {
 			*d.value = d.or
 		}
 	}
-	return &Fetcher{cfg: cfg, avoided: map[string]time.Time{}, sessions: map[string]*session{}}
+	return &Fetcher{cfg: cfg, avoided: map[string]time.Time{}, sessions: map[string]*session{}, bounds: map[string]*bound{}}
 }
 
 // Errors of Open.
@@ -111,8 +123,8 @@ func (f *Fetcher) Open(ctx context.Context, b Blob, offset, length int64) (*Part
 }
 
 // hosts are those that may be asked, the best first.
-func (f *Fetcher) hosts(ctx context.Context, registry string) (list []Endpoint, err error) {
-	all, err := f.cfg.Finder.For(ctx, registry)
+func (f *Fetcher) hosts(ctx context.Context, b Blob) (list []Endpoint, err error) {
+	all, err := f.cfg.Finder.For(ctx, b.Registry)
 	if err != nil {
 		return nil, err
 	}
@@ -123,25 +135,48 @@ func (f *Fetcher) hosts(ctx context.Context, registry string) (list []Endpoint, 
 	for _, host := range all {
 		switch {
 		case !host.Capabilities.Has(docker.HostCapabilityPull):
-		case now.Before(f.avoided[nameOf(host)]):
+		case now.Before(f.avoided[nameOf(host)]), now.Before(f.avoided[blobAt(host, b)]):
 			later = append(later, host)
 		default:
 			list = append(list, host)
 		}
 	}
 	if list = append(list, later...); len(list) == 0 {
-		return nil, fmt.Errorf("no host of registry %s may be pulled from: none has the capability \"pull\" in its hosts.toml", registry)
+		return nil, fmt.Errorf("no host of registry %s may be pulled from: none has the capability \"pull\" in its hosts.toml", b.Registry)
 	}
 	return list, nil
 }
 
 func nameOf(host Endpoint) string { return host.Scheme + "://" + host.Host + host.Path }
 
-func (f *Fetcher) avoid(host Endpoint) {
-	f.mu.Lock()
-	f.avoided[nameOf(host)] = time.Now().Add(f.cfg.Avoid)
-	f.mu.Unlock()
+// blobAt names a blob at a host.
+func blobAt(host Endpoint, b Blob) string {
+	return nameOf(host) + "/" + b.Repository + "@" + b.Digest.String()
 }
+
+// avoid has a host, or a blob of it, asked after the others for a while.
+func (f *Fetcher) avoid(name string, while time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	now := time.Now()
+	if len(f.avoided) >= maxAvoided {
+		maps.DeleteFunc(f.avoided, func(_ string, until time.Time) bool { return now.After(until) })
+	}
+	if len(f.avoided) >= maxAvoided {
+		clear(f.avoided) // each costs a request
+	}
+	f.avoided[name] = now.Add(while)
+}
+
+const (
+	// avoidMissing is how long a host is asked later for a blob that it does not have:
+	// mirrors get what is asked for from others. avoidWrong is that for content which
+	// is not the blob's.
+	avoidMissing = time.Minute
+	avoidWrong   = time.Hour
+	// maxAvoided bounds how much of that is remembered.
+	maxAvoided = 8192
+)
 
 // session returns what a host has issued for a repository, without what not is or was
 // of another configuration.
@@ -163,3 +198,33 @@ func (f *Fetcher) session(ctx context.Context, b Blob, host Endpoint, not *sessi
 
 // maxSessions bounds how many repositories' tokens are kept.
 const maxSessions = 4096
+
+// bound is what a host's parts share.
+type bound struct {
+	streams *semaphore.Weighted
+	rate    *rate.Limiter
+}
+
+// bound returns that of a host.
+func (f *Fetcher) bound(host Endpoint) *bound {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	b := f.bounds[nameOf(host)]
+	if b == nil {
+		b = &bound{semaphore.NewWeighted(math.MaxInt64), rate.NewLimiter(rate.Inf, 0)}
+		if f.cfg.Streams > 0 {
+			b.streams = semaphore.NewWeighted(int64(f.cfg.Streams))
+		}
+		if f.cfg.Rate > 0 {
+			b.rate = rate.NewLimiter(rate.Limit(f.cfg.Rate), int(min(max(f.cfg.Rate/burstsPerSecond, minBurst), math.MaxInt32)))
+		}
+		f.bounds[nameOf(host)] = b
+	}
+	return b
+}
+
+const (
+	// burstsPerSecond and minBurst say how much of a second's bytes may come at once.
+	burstsPerSecond = 10
+	minBurst        = 64 << 10
+)

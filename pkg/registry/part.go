@@ -54,7 +54,7 @@ func (p *Part) Read(buf []byte) (int, error) {
 			err = io.ErrUnexpectedEOF
 		}
 		was := p.from
-		p.f.avoid(was.host)
+		p.f.avoid(nameOf(was.host), p.f.cfg.Avoid)
 		_ = was.Close()
 		if again := p.open(); again != nil {
 			return 0, fmt.Errorf("fetch %s: %w", p.blob, errors.Join(fmt.Errorf("%s breaks off: %w", was.host.Host, plain(err)), again))
@@ -62,6 +62,10 @@ func (p *Part) Read(buf []byte) (int, error) {
 	}
 	return 0, io.EOF
 }
+
+// Distrust says that what was read is not the blob's content. Whoever reads the blob
+// again gets it from another host, if there is one.
+func (p *Part) Distrust() { p.f.avoid(blobAt(p.from.host, p.blob), avoidWrong) }
 
 // Close ends the reading.
 func (p *Part) Close() error {
@@ -116,7 +120,7 @@ func isTransient(err error) bool {
 
 // ask asks each host once. wanted is the pause that all want who may answer later.
 func (p *Part) ask() (_ *answer, wanted time.Duration, _ error) {
-	hosts, err := p.f.hosts(p.ctx, p.blob.Registry)
+	hosts, err := p.f.hosts(p.ctx, p.blob)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -131,8 +135,11 @@ func (p *Part) ask() (_ *answer, wanted time.Duration, _ error) {
 		if p.ctx.Err() != nil {
 			return nil, 0, err
 		}
+		if errors.Is(err, ErrNoBlob) && len(hosts) > 1 {
+			p.f.avoid(blobAt(host, p.blob), avoidMissing)
+		}
 		if isTransient(err) {
-			p.f.avoid(host)
+			p.f.avoid(nameOf(host), p.f.cfg.Avoid)
 			if pause := retryAfter(err); wanted < 0 || pause < wanted {
 				wanted = pause
 			}

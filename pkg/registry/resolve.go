@@ -14,8 +14,10 @@ type Backend struct {
 	// Scheme is "http" or "https", Host the registry's host, with its port if
 	// it has one, Repository the path without tag or digest.
 	Scheme, Host, Repository string
-	// SkipVerify accepts any certificate.
+	// SkipVerify accepts any certificate, CAFile has the certificate authorities that
+	// it may be from beside those of the machine; empty for none.
 	SkipVerify bool
+	CAFile     string
 	// Dir, when set, is a directory with one file per blob, named by the
 	// digest's hex; everything else is empty then.
 	Dir string

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -44,11 +45,20 @@ func (e *Endpoints) Route(ctx context.Context, ref string) (Route, error) {
 		r.Needs = append(r.Needs, fmt.Sprintf("%d hosts (%s)", len(hosts), hosts[0].File))
 	}
 	for _, h := range hosts {
-		for _, need := range h.needs {
+		for _, need := range h.allNeeds() {
 			r.Needs = append(r.Needs, fmt.Sprintf("%s for %s (%s)", need, h.Host, h.File))
 		}
 	}
 	return r, nil
+}
+
+// allNeeds are what takes the gateway, or what nydusd has to be given beside its
+// configuration.
+func (h *Endpoint) allNeeds() []string {
+	if !h.ownCA {
+		return h.needs
+	}
+	return append(slices.Clone(h.needs), "a certificate authority (ca)")
 }
 
 // pullable are the hosts that may be pulled from, of which there is at least one.
@@ -80,8 +90,12 @@ func (r Route) Direct(ctx context.Context) (Backend, error) {
 	}
 	var errs []error
 	for _, h := range r.hosts {
-		if len(h.needs) > 0 {
-			return Backend{}, fmt.Errorf("registry %s: %s wants %s for %s: %w", r.Registry, h.File, strings.Join(h.needs, " and "), h.Host, ErrGateway)
+		needs := h.needs
+		if h.caFile == "" {
+			needs = h.allNeeds()
+		}
+		if len(needs) > 0 {
+			return Backend{}, fmt.Errorf("registry %s: %s wants %s for %s: %w", r.Registry, h.File, strings.Join(needs, " and "), h.Host, ErrGateway)
 		}
 		if len(r.hosts) > 1 {
 			if err := h.ping(ctx); err != nil {
@@ -89,7 +103,7 @@ func (r Route) Direct(ctx context.Context) (Backend, error) {
 				continue
 			}
 		}
-		return Backend{Scheme: h.Scheme, Host: h.Host, Repository: r.Repository, SkipVerify: h.skipVerify && h.Scheme == "https"}, nil
+		return Backend{Scheme: h.Scheme, Host: h.Host, Repository: r.Repository, SkipVerify: h.skipVerify && h.Scheme == "https", CAFile: h.caFile}, nil
 	}
 	return Backend{}, fmt.Errorf("no host of registry %s answers: %w", r.Registry, errors.Join(errs...))
 }

@@ -160,6 +160,7 @@ func (s *Snapshotter) spec(ctx context.Context, id string, im *image) (*mountspe
 		Driver:          mountspec.DriverAuto,
 		Daemon:          s.o.Daemon(),
 	}
+	spec.Daemon.CAFile = backend.CAFile
 	for _, layer := range im.above {
 		spec.Lower = append(spec.Lower, s.fs(layer))
 	}

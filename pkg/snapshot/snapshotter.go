@@ -26,6 +26,8 @@ type Backend struct {
 	// Host and Repository are as in mountspec.Spec: Host is empty when blobs
 	// are in a directory, which needs no credentials.
 	Host, Repository string
+	// CAFile is as in mountspec.Daemon.
+	CAFile string
 	// Config renders nydusd's configuration, without credentials.
 	Config func(cacheDir string) (string, error)
 	// Credentials finds what opens the backend for an instance of the image, and
