@@ -41,9 +41,9 @@ type checked struct {
 	// Gateway says that nydusd would read through the gateway, because of Needs when
 	// there are any.
 	Gateway bool              `json:"gateway"`
-	Needs []string          `json:"needs"`
-	Hosts []registry.Report `json:"hosts"`
-	Works bool              `json:"works"`
+	Needs   []string          `json:"needs"`
+	Hosts   []registry.Report `json:"hosts"`
+	Works   bool              `json:"works"`
 	// Why says why a mount would not work.
 	Why string `json:"why,omitempty"`
 }

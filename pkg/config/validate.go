@@ -37,7 +37,7 @@ const (
 	minLog = 64 << 10
 	// minBandwidth lets a request of nydusd end before it gives up.
 	minBandwidth = 1 << 20
-	maxLog = 1 << 30
+	maxLog       = 1 << 30
 )
 
 // Validate returns every fault of c, without lines.
