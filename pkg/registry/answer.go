@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -158,16 +159,11 @@ func (p *Part) challenge(ctx context.Context, host Endpoint, s *session) (*http.
 			return nil, err
 		}
 		if err := s.authorizer.Authorize(ctx, req); err != nil {
-			return nil, transient{fmt.Errorf("%s: %w: %w", host.Host, errAuthorize, plain(err))}
+			return nil, unauthorized(ctx, host, err)
 		}
 		resp, err := host.Client.Do(req)
 		if err != nil {
-			again, _ := retryablehttp.DefaultRetryPolicy(ctx, nil, err)
-			err = fmt.Errorf("%s: %w", host.Host, plain(err))
-			if again {
-				err = transient{err}
-			}
-			return nil, err
+			return nil, unanswered(ctx, host, err)
 		}
 		if resp.StatusCode != http.StatusUnauthorized || resp.Request.Response != nil || len(before) > 0 {
 			return resp, nil
@@ -178,9 +174,49 @@ func (p *Part) challenge(ctx context.Context, host Endpoint, s *session) (*http.
 			if errors.Is(err, docker.ErrInvalidAuthorization) {
 				return nil, fmt.Errorf("%w: %w: %w", &statusError{host.Host, resp.StatusCode, resp.Header}, ErrRefused, plain(err))
 			}
-			return nil, transient{fmt.Errorf("%s: %w: %w", host.Host, errAuthorize, plain(err))}
+			return nil, unauthorized(ctx, host, err)
 		}
 	}
+}
+
+// unauthorized is the error for a token that was not to be had. A token server that
+// refuses our login does so tomorrow, too.
+func unauthorized(ctx context.Context, host Endpoint, err error) error {
+	text := fmt.Errorf("%s: %w: %w", host.Host, errAuthorize, plain(err))
+	var status remoteerrors.ErrUnexpectedStatus
+	if !errors.As(err, &status) {
+		return transient{text}
+	}
+	again, _ := retryablehttp.DefaultRetryPolicy(context.WithoutCancel(ctx), &http.Response{StatusCode: status.StatusCode}, nil)
+	if again {
+		return transient{text}
+	}
+	return fmt.Errorf("%w: %w", text, ErrRefused)
+}
+
+// unanswered is the error for a request that has no answer.
+func unanswered(ctx context.Context, host Endpoint, err error) error {
+	again, _ := retryablehttp.DefaultRetryPolicy(ctx, nil, err)
+	refused := refusedCertificate(err)
+	err = fmt.Errorf("%s: %w", host.Host, plain(err))
+	switch {
+	case refused:
+		return fmt.Errorf("%w (the certificate that hosts.toml names as client, or none): %w", err, ErrRefused)
+	case again:
+		return transient{err}
+	}
+	return err
+}
+
+// refusedCertificate tells whether the other side does not want our client certificate,
+// or wants one. Its alerts have no type of their own.
+func refusedCertificate(err error) bool {
+	var op *net.OpError
+	if !errors.As(err, &op) || op.Op != "remote error" {
+		return false
+	}
+	text := op.Err.Error()
+	return strings.Contains(text, "certificate") || strings.Contains(text, "access denied")
 }
 
 // plain takes addresses out of an error: that of a redirect may open what it leads to.

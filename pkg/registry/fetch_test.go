@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -432,6 +434,43 @@ func TestTokenServer(t *testing.T) {
 		if _, err := read(t, f, 0, 10); err == nil || strings.Contains(err.Error(), "canary") {
 			t.Errorf("after %d: %v", code, err)
 		}
+	}
+}
+
+// A token server that does not know the login, and a host that does not take our
+// certificate, are not asked for half a minute.
+func TestRefusedForGood(t *testing.T) {
+	i := newIssuer(t)
+	asked := 0
+	i.token = func(w http.ResponseWriter, _ *http.Request) {
+		asked++
+		w.WriteHeader(http.StatusUnauthorized)
+	}
+	if _, err := read(t, quick(i.endpoints(t)), 0, 10); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "the token server answers 401") {
+		t.Errorf("the token server: %v", err)
+	}
+	if asked > 4 {
+		t.Errorf("the token server was asked %d times", asked)
+	}
+
+	s := &source{}
+	var conns atomic.Int64
+	s.Server = httptest.NewUnstartedServer(http.NotFoundHandler())
+	s.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			conns.Add(1)
+		}
+	}
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
+	s.TLS = &tls.Config{ClientAuth: tls.RequireAndVerifyClientCert}
+	s.StartTLS()
+	defer s.Close()
+	e, _ := setup(t, "skip_verify = true", s)
+	if _, err := read(t, quick(e), 0, 10); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "certificate") {
+		t.Errorf("the host: %v", err)
+	}
+	if n := conns.Load(); n != 1 {
+		t.Errorf("%d connections to the host", n)
 	}
 }
 

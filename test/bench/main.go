@@ -87,6 +87,7 @@ func main() {
 		}
 		fmt.Println(binaryName)
 		fmt.Println(memoryName)
+		fmt.Println(gatewayName)
 		fmt.Println(recoveryName)
 		fmt.Println(watchName)
 		return
@@ -124,6 +125,7 @@ func (l *lab) sessions() error {
 		{l.options.wantsWork(), l.run},
 		{l.options.wants(binaryName), l.binary},
 		{l.options.wants(memoryName), l.memory},
+		{l.options.wants(gatewayName), l.gateway},
 		{l.options.wants(recoveryName), l.recovery},
 		{l.options.wants(watchName), l.watching},
 	} {
