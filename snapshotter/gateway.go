@@ -162,6 +162,9 @@ const maxKnown = 1000
 // Has implements gateway.Images.
 func (m *mounted) Has(key string, blob digest.Digest) (bool, error) {
 	rec, err := instance.ReadRecord(m.runDir, key)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, fmt.Errorf("%w: %w", gateway.ErrNotMounted, err)
+	}
 	if err != nil {
 		return false, err
 	}

@@ -37,6 +37,9 @@ var (
 	ErrRange  = errors.New("the blob is shorter")
 )
 
+// ErrNotMounted says that there is no such instance.
+var ErrNotMounted = errors.New("not mounted")
+
 // Source gives out blobs.
 type Source interface {
 	// Open returns length bytes from offset on, all there are when length is
@@ -47,7 +50,8 @@ type Source interface {
 // Images knows the images that are mounted.
 type Images interface {
 	// Has tells whether the image of a living instance consists of that blob, among
-	// others. The error says why that cannot be known.
+	// others. The error wraps ErrNotMounted when there is no such instance, and says
+	// otherwise why that cannot be known.
 	Has(instance string, blob digest.Digest) (bool, error)
 }
 
@@ -173,8 +177,11 @@ func (s *Server) blob(r *http.Request, g Grant) (digest.Digest, *refusal) {
 		return "", refuse(http.StatusForbidden, "the capability is for another repository", "the capability is for repository %s", g.Repository)
 	}
 	has, err := s.cfg.Images.Has(g.Instance, digest.Digest(m[2]))
-	if err != nil {
+	switch {
+	case errors.Is(err, ErrNotMounted):
 		return "", refuse(http.StatusForbidden, "the capability is for an image that is not mounted", "%v", err)
+	case err != nil:
+		return "", refuse(http.StatusServiceUnavailable, "what is mounted cannot be read; the gateway's log says why", "%v", err)
 	}
 	if !has {
 		return "", refuse(http.StatusForbidden, "the capability is for another image", "the image has no such blob")

@@ -37,7 +37,7 @@ func (f *fake) Has(instance string, blob digest.Digest) (bool, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.gone || instance != "instance" {
-		return false, errors.New("no such instance")
+		return false, fmt.Errorf("instance: %w", ErrNotMounted)
 	}
 	return blob == known, nil
 }

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
@@ -81,9 +82,11 @@ type known struct {
 	// files are those that hosts.toml names.
 	files []string
 	hosts []Endpoint
-	err   error // why there are none
-	// bad is a later state, which is broken.
+	// bad is a later state, and err what is wrong with it.
 	bad stamp
+	err error
+	// said is what the log has.
+	said string
 }
 
 // NewEndpoints returns Endpoints.
@@ -94,40 +97,57 @@ func NewEndpoints(cfg EndpointsConfig) *Endpoints {
 // For returns the hosts for a registry, as it stands in references: host or
 // host:port. The error says which file and, where it is known, which line.
 func (e *Endpoints) For(ctx context.Context, registry string) ([]Endpoint, error) {
-	dir, err := e.dir(registry)
-	if err != nil {
-		return nil, fmt.Errorf("find hosts of registry %s: %w", registry, err)
-	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	k := e.known[registry]
-	if k != nil {
-		now, err := stampOf(dir, k.files)
-		if err != nil {
-			return nil, fmt.Errorf("find hosts of registry %s: %w", registry, err)
+	if k == nil {
+		k = &known{}
+		e.known[registry] = k
+	}
+	if err := e.renew(ctx, registry, k); err != nil {
+		err = fmt.Errorf("find hosts of registry %s: %w", registry, err)
+		if k.hosts == nil {
+			return nil, err
 		}
-		if k.stamp == now || k.bad == now {
-			return k.hosts, k.err
+		if said := err.Error(); k.said != said {
+			k.said = said
+			e.cfg.Log.Error("a registry's configuration cannot be used; the one before it stays in force", "event", "configuration", "registry", registry, "error", err)
 		}
+	}
+	return k.hosts, nil
+}
+
+// renew looks whether a registry's files have changed, and reads them then.
+func (e *Endpoints) renew(ctx context.Context, registry string, k *known) error {
+	dir, err := e.dir(registry)
+	if err != nil {
+		return err
+	}
+	now, err := stampOf(dir, k.files)
+	if err != nil {
+		return err
+	}
+	if k.hosts != nil && k.stamp == now {
+		return nil
+	}
+	if k.err != nil && k.bad == now {
+		return k.err
 	}
 	files, _ := configured(dir)
-	now, err := stampOf(dir, files)
-	if err != nil {
-		return nil, fmt.Errorf("find hosts of registry %s: %w", registry, err)
+	if now, err = stampOf(dir, files); err != nil {
+		return err
 	}
 	hosts, err := e.read(ctx, registry, dir)
-	if err != nil {
-		err = fmt.Errorf("find hosts of registry %s: %w", registry, err)
+	k.files, k.bad, k.err = files, now, nil
+	if err == nil {
+		*k = known{stamp: now, files: files, hosts: hosts}
+		return nil
 	}
-	switch {
-	case err == nil:
-	case k != nil && k.err == nil:
-		k.bad, k.files = now, files
-		e.cfg.Log.Error("a registry's configuration is broken; the one before it stays in force", "event", "configuration", "registry", registry, "error", err)
-		return k.hosts, nil
+	var system syscall.Errno
+	if !errors.As(err, &system) {
+		k.err = err // which the files' next state alone can change
 	}
-	e.known[registry] = &known{stamp: now, files: files, hosts: hosts, err: err}
-	return hosts, err
+	return err
 }
 
 // dir is the directory for a registry, empty when there is none, or nothing in it.

@@ -72,7 +72,7 @@ func (l *lab) gateway(t kit.TB) error {
 		l.compare(ctx, &result{Name: linkName, Target: 0.15,
 			Ours: "pull and first run as above through the gateway; each answer of the registry begins 20 ms later, and all together have 12.5 MB/s", Peer: "the same with the plain image and overlayfs"},
 			&contest{ours: g.with("always", over(l.registry, cold.ours)), peer: over(l.registry, cold.peer)}),
-		g.memory(ctx), g.failover(ctx),
+		g.memory(ctx, &l.report), g.failover(ctx, &l.report),
 	)
 }
 
@@ -166,14 +166,18 @@ func (l *lab) readAll() once {
 			return 0, err
 		}
 		start := time.Now()
-		err = readTree(c.Root())
+		read, err := readTree(c.Rootfs())
 		took := time.Since(start)
+		if err == nil && read < l.nydus.image.Size()/2 {
+			err = fmt.Errorf("%d bytes were read, which is not the image", read)
+		}
 		return took, errors.Join(err, c.Remove(ctx))
 	}
 }
 
-func readTree(root string) error {
-	return filepath.WalkDir(root, func(path string, e fs.DirEntry, err error) error {
+// readTree reads all files beneath a directory, and tells how many bytes they have.
+func readTree(root string) (read int64, err error) {
+	err = filepath.WalkDir(root, func(path string, e fs.DirEntry, err error) error {
 		if err != nil || !e.Type().IsRegular() {
 			return err
 		}
@@ -182,13 +186,15 @@ func readTree(root string) error {
 			return err
 		}
 		defer f.Close()
-		_, err = io.Copy(io.Discard, f)
+		n, err := io.Copy(io.Discard, f)
+		read += n
 		return err
 	})
+	return read, err
 }
 
 // memory measures the gateway while many parts are under way.
-func (g *gated) memory(ctx context.Context) error {
+func (g *gated) memory(ctx context.Context, out *report) error {
 	g.progress.Start("%s: memory", gatewayName)
 	return g.mounted(ctx, "memory", func(capability string, blob digest.Digest, size int64) error {
 		var wg sync.WaitGroup
@@ -216,7 +222,7 @@ func (g *gated) memory(ctx context.Context) error {
 		if err = errors.Join(append(errs, err)...); err != nil {
 			return err
 		}
-		g.report.figure(figure{
+		out.figure(figure{
 			Name: "memory of the gateway with 64 streams", What: "64 requests for a whole layer are under way at the same time; the most that the process had resident since its start (VmHWM)",
 			Text: fmt.Sprintf("%.1f MiB", float64(most)/(1<<20)), Target: "≤ 48 MiB", Met: most <= gatewayMemory,
 		})
@@ -289,7 +295,7 @@ func (g *gated) capability() (string, error) {
 }
 
 // failover measures the first part of a blob when the first mirror does not answer.
-func (g *gated) failover(ctx context.Context) error {
+func (g *gated) failover(ctx context.Context, out *report) error {
 	g.progress.Start("%s: a mirror that hangs", gatewayName)
 	dir := filepath.Join(g.certs, strings.ReplaceAll(g.registry.Host, ":", "_")+"_")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -321,7 +327,7 @@ func (g *gated) failover(ctx context.Context) error {
 		return err
 	}
 	most := quantile(took, 1)
-	g.report.figure(figure{
+	out.figure(figure{
 		Name: "failover to the next mirror when the first hangs", Samples: took,
 		What:   fmt.Sprintf("from the request to the gateway until 1 KiB of a blob is there; the first mirror of hosts.toml accepts no connection, its dial_timeout is %s; %d requests", dialTimeout, failoverTries),
 		Text:   fmt.Sprintf("most %.0f ms after the dial timeout", (most-dialTimeout.Seconds())*1e3),
