@@ -157,9 +157,10 @@ func (b backends) throughGateway(out snapshot.Backend, ref string, route registr
 	return out
 }
 
-// gatewayRetries is how often nydusd asks again, which it does at once: each of them
-// may fail by an end of the gateway, and costs next to nothing.
-const gatewayRetries = 8
+// gatewayRetries is how often nydusd asks again, after half a second and then twice as
+// long each time, for the case that the gateway ends. It is not for registries, which the
+// gateway itself asks again.
+const gatewayRetries = 5
 
 // rendered renders nydusd's configuration.
 func rendered(b nydusd.Backend) func(cacheDir string) (string, error) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -159,6 +160,41 @@ func TestMissingIsRemembered(t *testing.T) {
 	}
 	if got := stale.asked.Load(); got != 2 {
 		t.Errorf("for another blob it was asked %d times", got-1)
+	}
+}
+
+// Nobody waits again for a registry of which nothing was to be had for so long, until
+// something is.
+func TestGone(t *testing.T) {
+	one, two := newSource(t), newSource(t)
+	e, _ := setup(t, "", one, two)
+	one.fail(hostFaults["502"])
+	two.fail(hostFaults["reset"])
+	f := NewFetcher(FetcherConfig{Finder: e, GiveUp: time.Second})
+	if _, err := read(t, f, 0, 10); err == nil || one.asked.Load() < 2 {
+		t.Fatalf("%v after %d requests", err, one.asked.Load())
+	}
+	// The first one may have given up a pause before its time.
+	for f.gone["registry.test"].since.After(time.Now().Add(-time.Second)) {
+		if _, err := read(t, f, 0, 10); err == nil {
+			t.Fatal("it was read")
+		}
+	}
+	for range 3 {
+		before := one.asked.Load()
+		if _, err := read(t, f, 0, 10); err == nil || !strings.Contains(err.Error(), one.host()) || !strings.Contains(err.Error(), two.host()) {
+			t.Errorf("%v", err)
+		}
+		if n := one.asked.Load() - before; n != 1 {
+			t.Errorf("it was asked %d times again", n)
+		}
+	}
+	two.fault.Store(nil)
+	mustRead(t, f, 0, 10)
+	two.fail(hostFaults["502"])
+	before := one.asked.Load()
+	if _, err := read(t, f, 0, 10); err == nil || one.asked.Load() < before+2 {
+		t.Errorf("after it had come back: %v, asked %d times", err, one.asked.Load()-before)
 	}
 }
 

@@ -351,7 +351,10 @@ func (e *Endpoints) endpoint(host docker.RegistryHost, base http.RoundTripper, f
 	if file == "" {
 		out.needs, out.ownCA = nil, false // what nobody has configured nydusd can
 	}
-	out.Client = &http.Client{Transport: &guard{host: host.Host, header: host.Header, own: host.Client.Transport, foreign: base}, CheckRedirect: followWithoutSecrets}
+	out.Client = &http.Client{
+		Transport:     &guard{scheme: host.Scheme, host: host.Host, header: host.Header, own: host.Client.Transport, foreign: base, beyond: withoutCertificate(base)},
+		CheckRedirect: followWithoutSecrets,
+	}
 	out.Authorizer, out.Header = nil, nil
 	out.NewAuthorizer = func(ctx context.Context, repository string) docker.Authorizer {
 		if c, err := e.credentials(ctx, host.Host, repository); err == nil && c != nil && c.RegistryToken != "" {
@@ -382,15 +385,20 @@ func (b bearer) AddResponses(context.Context, []*http.Response) error {
 // guard keeps what is meant for one host from others, to which that may send us: token
 // servers and redirects.
 type guard struct {
-	host   string
-	header http.Header
-	// own may fall back to http, foreign does not.
-	own, foreign http.RoundTripper
+	scheme, host string
+	header       http.Header
+	// own may fall back to http, foreign does not: it is for token servers, which may
+	// want the client certificate, too. beyond is for where redirects lead.
+	own, foreign, beyond http.RoundTripper
 }
 
 // RoundTrip implements http.RoundTripper.
 func (g *guard) RoundTrip(r *http.Request) (*http.Response, error) {
-	if r.URL.Host != g.host {
+	switch {
+	case r.URL.Host == g.host && r.URL.Scheme == g.scheme:
+	case r.Response != nil:
+		return g.beyond.RoundTrip(r)
+	default:
 		return g.foreign.RoundTrip(r)
 	}
 	if len(g.header) > 0 {
@@ -402,6 +410,17 @@ func (g *guard) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 	}
 	return g.own.RoundTrip(r)
+}
+
+// withoutCertificate is a transport like another one that shows no client certificate.
+func withoutCertificate(rt http.RoundTripper) http.RoundTripper {
+	t, isPlain := rt.(*http.Transport)
+	if !isPlain || t.TLSClientConfig == nil || len(t.TLSClientConfig.Certificates) == 0 && t.TLSClientConfig.GetClientCertificate == nil {
+		return rt
+	}
+	t = t.Clone()
+	t.TLSClientConfig.Certificates, t.TLSClientConfig.GetClientCertificate = nil, nil
+	return t
 }
 
 // located adds the line to an error, where it has one.

@@ -69,7 +69,12 @@ type Fetcher struct {
 	sessions map[string]*session
 	// bounds are those of hosts, by their names.
 	bounds map[string]*bound
+	// gone are registries of which nothing was to be had.
+	gone map[string]outage
 }
+
+// outage is a time in which no host of a registry has answered.
+type outage struct{ since, last time.Time }
 
 // session is what a host has issued for a repository.
 type session struct {
@@ -89,7 +94,7 @@ func NewFetcher(cfg FetcherConfig) *Fetcher {
 			*d.value = d.or
 		}
 	}
-	return &Fetcher{cfg: cfg, avoided: map[string]time.Time{}, sessions: map[string]*session{}, bounds: map[string]*bound{}}
+	return &Fetcher{cfg: cfg, avoided: map[string]time.Time{}, sessions: map[string]*session{}, bounds: map[string]*bound{}, gone: map[string]outage{}}
 }
 
 // Errors of Open.
@@ -176,6 +181,39 @@ const (
 	avoidWrong   = time.Hour
 	// maxAvoided bounds how much of that is remembered.
 	maxAvoided = 8192
+)
+
+// failed notes that nothing was to be had of a registry since some time, served that
+// something was.
+func (f *Fetcher) failed(registry string, since time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if o, ok := f.gone[registry]; ok && time.Since(o.last) < outageEnds {
+		since = o.since
+	}
+	f.gone[registry] = outage{since, time.Now()}
+}
+
+func (f *Fetcher) served(registry string) {
+	f.mu.Lock()
+	delete(f.gone, registry)
+	f.mu.Unlock()
+}
+
+// isGone tells whether a registry has given out nothing for so long that nobody is to
+// wait again.
+func (f *Fetcher) isGone(registry string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	o, ok := f.gone[registry]
+	return ok && time.Since(o.last) < outageEnds && time.Since(o.since) >= f.cfg.GiveUp
+}
+
+const (
+	// outageEnds is after how long a failure says nothing of the present.
+	outageEnds = time.Minute
+	// goneTimeout bounds the question to a host of a registry that is gone.
+	goneTimeout = 2 * time.Second
 )
 
 // session returns what a host has issued for a repository, without what not is or was

@@ -76,11 +76,19 @@ func (p *Part) Close() error {
 // open asks the hosts until one answers.
 func (p *Part) open() error {
 	var earlier error
+	begun, gone := time.Now(), p.f.isGone(p.blob.Registry)
 	for round := 0; ; round++ {
-		answer, wanted, err := p.ask()
+		answer, wanted, err := p.ask(gone)
 		if err == nil {
+			p.f.served(p.blob.Registry)
 			p.from = answer
 			return nil
+		}
+		if isTransient(err) && p.ctx.Err() == nil {
+			p.f.failed(p.blob.Registry, begun)
+		}
+		if gone {
+			return err
 		}
 		if earlier != nil && time.Since(p.moved) >= p.f.cfg.GiveUp {
 			return earlier // a wait that was cut short says nothing of its host
@@ -118,8 +126,9 @@ func isTransient(err error) bool {
 	return errors.As(err, &t)
 }
 
-// ask asks each host once. wanted is the pause that all want who may answer later.
-func (p *Part) ask() (_ *answer, wanted time.Duration, _ error) {
+// ask asks each host once, and does not wait for long for those that are gone. wanted is
+// the pause that all want who may answer later.
+func (p *Part) ask(gone bool) (_ *answer, wanted time.Duration, _ error) {
 	hosts, err := p.f.hosts(p.ctx, p.blob)
 	if err != nil {
 		return nil, 0, err
@@ -128,7 +137,11 @@ func (p *Part) ask() (_ *answer, wanted time.Duration, _ error) {
 	wanted = -1
 	for _, host := range hosts {
 		// Each gets its share of the time, or the last one none.
-		a, err := p.askHost(host, p.f.cfg.GiveUp/time.Duration(len(hosts)))
+		share := p.f.cfg.GiveUp / time.Duration(len(hosts))
+		if gone {
+			share = min(share, goneTimeout)
+		}
+		a, err := p.askHost(host, share)
 		if err == nil {
 			return a, 0, nil
 		}
