@@ -3,11 +3,14 @@ package registry
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"net/http/httptrace"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
@@ -24,7 +27,8 @@ type Report struct {
 	Scheme string `json:"scheme"`
 	File   string `json:"file,omitempty"`
 	// TLS is the verdict on its certificate: "verified", "not verified" (by
-	// configuration), "none" (plain http), or what is wrong with it.
+	// configuration), "none" (plain http), what is wrong with it, or "-" when none was
+	// seen.
 	TLS string `json:"tls"`
 	// Credentials is where those come from that it got, empty for none.
 	Credentials string `json:"credentials,omitempty"`
@@ -56,9 +60,10 @@ func (e *Endpoints) Check(ctx context.Context, ref string) ([]Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	reports := make([]Report, len(hosts))
+	reports, shown := make([]Report, len(hosts)), make([]*handshakes, len(hosts))
 	var blob *ocispec.Descriptor
 	for i, h := range hosts {
+		shown[i] = newHandshakes(h)
 		reports[i] = Report{Host: h.Host, Scheme: h.Scheme, File: h.File, Manifest: notAsked, Blob: notAsked}
 	}
 	// Who may resolve tells which blobs there are, for those too that may not.
@@ -67,9 +72,8 @@ func (e *Endpoints) Check(ctx context.Context, ref string) ([]Report, error) {
 			continue
 		}
 		begun := time.Now()
-		found, err := e.manifest(ctx, h, name)
+		found, err := e.manifest(shown[i].watch(ctx), h, name)
 		reports[i].Took, reports[i].Manifest = time.Since(begun), said(err)
-		reports[i].TLS = tlsVerdict(h, err)
 		if err == nil && blob == nil {
 			blob = found
 		}
@@ -79,16 +83,11 @@ func (e *Endpoints) Check(ctx context.Context, ref string) ([]Report, error) {
 			continue
 		}
 		begun := time.Now()
-		err := e.beginning(ctx, h, Blob{Registry: reference.Domain(name), Repository: reference.Path(name), Digest: blob.Digest, Size: blob.Size})
+		err := e.beginning(shown[i].watch(ctx), h, Blob{Registry: reference.Domain(name), Repository: reference.Path(name), Digest: blob.Digest, Size: blob.Size})
 		reports[i].Took, reports[i].Blob = reports[i].Took+time.Since(begun), said(err)
-		if reports[i].Manifest != ok {
-			reports[i].TLS = tlsVerdict(h, err)
-		}
 	}
 	for i, h := range hosts {
-		if reports[i].TLS == "" {
-			reports[i].TLS = tlsVerdict(h, nil)
-		}
+		reports[i].TLS = shown[i].verdict()
 		if c, err := e.credentials(ctx, h.Host, reference.Path(name)); err != nil {
 			reports[i].Credentials = err.Error()
 		} else if c != nil {
@@ -168,19 +167,64 @@ func (e *Endpoints) beginning(ctx context.Context, h Endpoint, b Blob) error {
 	return nil
 }
 
-// tlsVerdict says what is known of a host's certificate from how a request went.
-func tlsVerdict(h Endpoint, err error) string {
-	var unknown x509.UnknownAuthorityError
-	var hostname x509.HostnameError
-	var invalid x509.CertificateInvalidError
-	var verification *tls.CertificateVerificationError
-	switch {
-	case errors.As(err, &unknown), errors.As(err, &hostname), errors.As(err, &invalid), errors.As(err, &verification):
-		return err.Error()
-	case h.Scheme != "https":
-		return "none"
+// handshakes watches those with a host, for a verdict on its certificate.
+type handshakes struct {
+	host Endpoint
+	at   string // as a connection names it
+
+	mu   sync.Mutex
+	last string // to where a connection was wanted
+	done bool
+	err  error
+}
+
+func newHandshakes(h Endpoint) *handshakes {
+	at := h.Host
+	if _, _, err := net.SplitHostPort(at); err != nil {
+		at = net.JoinHostPort(strings.Trim(at, "[]"), "443")
 	}
-	if h.skipVerify {
+	return &handshakes{host: h, at: at}
+}
+
+// watch returns a context whose requests are watched. They are made one by one, some of
+// them to token servers.
+func (w *handshakes) watch(ctx context.Context) context.Context {
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GetConn: func(at string) {
+			w.mu.Lock()
+			w.last = at
+			w.mu.Unlock()
+		},
+		GotConn: func(c httptrace.GotConnInfo) {
+			if _, isTLS := c.Conn.(*tls.Conn); isTLS && c.Reused {
+				w.note(nil)
+			}
+		},
+		TLSHandshakeDone: func(_ tls.ConnectionState, err error) { w.note(err) },
+	})
+}
+
+func (w *handshakes) note(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.last == w.at {
+		w.done, w.err = err == nil, err
+	}
+}
+
+// verdict says what is known of the host's certificate.
+func (w *handshakes) verdict() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var bad *tls.CertificateVerificationError
+	switch {
+	case w.host.Scheme != "https":
+		return "none"
+	case errors.As(w.err, &bad):
+		return bad.Error()
+	case !w.done:
+		return notAsked
+	case w.host.skipVerify:
 		return "not verified"
 	}
 	return "verified"

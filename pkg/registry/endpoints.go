@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -423,14 +424,21 @@ func withoutCertificate(rt http.RoundTripper) http.RoundTripper {
 	return t
 }
 
+// userinfo is what a URL has of a user and a password.
+var userinfo = regexp.MustCompile(`://[^/\s"]*@`)
+
 // located adds the line to an error, where it has one.
 func located(file string, err error) error {
-	var at *toml.DecodeError
-	if errors.As(err, &at) {
-		line, column := at.Position()
-		return fmt.Errorf("%s:%d:%d: %w", file, line, column, err)
+	at := file
+	var decode *toml.DecodeError
+	if errors.As(err, &decode) {
+		line, column := decode.Position()
+		at = fmt.Sprintf("%s:%d:%d", file, line, column)
 	}
-	return fmt.Errorf("%s: %w", file, err)
+	if text := err.Error(); userinfo.MatchString(text) {
+		err = errors.New(userinfo.ReplaceAllString(text, "://"))
+	}
+	return fmt.Errorf("%s: %w", at, err)
 }
 
 // faults collects errors that are logged, and keeps them from any log.
