@@ -1,10 +1,12 @@
 // Package rafs reads the head of a nydus bootstrap: which version of RAFS it
-// is, which blobs the image consists of, and how those are cut into chunks.
+// is, which blobs the image consists of, and how those are cut into chunks. With
+// [Chunks] it also lists each blob's chunks and their digests.
 //
 // What the package promises:
 //
 //   - A bootstrap is hostile until read: no input makes [Open] panic, read
-//     outside the given size, or hold more than a few megabytes.
+//     outside the given size, or hold more than a few megabytes. [Chunks] holds 56
+//     bytes for each chunk, and no more chunks than its caller allows.
 //   - Every blob id that it returns is 64 lowercase hex digits, so it can name a
 //     file or a path of a URL. nydusd itself does not check that, and would
 //     write wherever an id such as "../x" leads.
@@ -12,7 +14,7 @@
 //     superblocks, device slots unlike the blob table) is refused.
 //   - Only the standard library is linked, so the mount path stays light.
 //
-// It does not read inodes and does not prove that the filesystem is sound;
+// It reads of inodes only where their chunks are, and does not prove that the filesystem is sound;
 // nydusd and the kernel do that. Nor does it open files: whoever does must see
 // to it that the file is a regular one at the expected place.
 //
@@ -34,6 +36,17 @@
 // u64 at 88, uncompressed size u64 at 96; for blobs whose metadata lies in a blob
 // of its own, that blob's sha256 [32] at 168 and its size u64 at 200.
 //
+// Of the blob's own metadata an entry has: size of its table of contents u32 at 104 and
+// sha256 [32] at 136, both 0 when unknown; of its list of chunks the compressor u32 at 108,
+// offset u64 at 112, compressed size u64 at 120 and size u64 at 128. There is no digest of
+// that list.
+//
+// The chunk table is an array without gaps. An entry has 80 bytes, in v5 and v6: digest
+// [32] of the uncompressed data at 0, index of the blob u32 at 32, flags u32 at 36
+// (compressed 1, hole 2, encrypted 4, part of a batch 8, with a CRC 16), size u32 at 40,
+// uncompressed size u32 at 44, offset in the blob u64 at 48, uncompressed offset u64 at 56,
+// offset in a file u64 at 64, index in the blob's list u32 at 72, CRC u32 at 76.
+//
 // RAFS v5 has a superblock of 8192 bytes at 0: magic 0x52414653 at 0, version
 // 0x500 at 4, superblock size at 8, chunk size u32 at 12, flags u64 at 16, blob
 // table offset u64 at 48 and size in bytes u32 at 64, and since 2021 an extended
@@ -42,4 +55,10 @@
 // seven behind the last. An extended entry has 64 bytes: number of chunks u32,
 // features u32, uncompressed size u64, compressed size u64. Compressor and
 // digester are the same for all blobs, in the superblock's flags.
+//
+// Its inode table (offset u64 at 32, number of entries u32 at 56) has a u32 for each inode:
+// where that lies, in units of 8 bytes, or 0. An inode has 128 bytes: mode u32 at 60, flags
+// u64 at 80 (4: it has extended attributes), number of chunks u32 at 96 for a file, sizes of
+// the name u16 at 100 and of a link's target u16 at 102. Behind it lie both of these, then
+// the attributes' size u64 and the attributes, each padded to 8 bytes, then the chunks.
 package rafs

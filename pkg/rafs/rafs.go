@@ -85,6 +85,9 @@ const (
 	// FeatureInlinedMeta: the filesystem's metadata lies within the blob, as
 	// in the bootstrap of a single layer. Open refuses it.
 	FeatureInlinedMeta Features = 1 << 1
+	// FeatureChunkInfoV2: the blob's own list of chunks has entries of 24 bytes
+	// instead of 16.
+	FeatureChunkInfoV2 Features = 1 << 2
 	// FeatureZran: the blob is an OCI layer, read at random through an index.
 	FeatureZran Features = 1 << 3
 	// FeatureSeparate: the blob's metadata lies in a blob of its own.
@@ -92,6 +95,12 @@ const (
 	// FeatureInlinedDigests: the digests of the chunks lie within the blob, so
 	// that nydusd can verify what it caches.
 	FeatureInlinedDigests Features = 1 << 5
+	// featureTarfs: the blob is an OCI layer's tar file.
+	featureTarfs Features = 1 << 6
+	// featureBatch: several chunks may be compressed as one.
+	featureBatch Features = 1 << 7
+	// featureEncrypted: chunks and metadata are encrypted.
+	featureEncrypted Features = 1 << 8
 	// FeatureTarTOC: the blob was made by nydus-image 2.2 or newer.
 	FeatureTarTOC Features = 1 << 30
 )
@@ -237,9 +246,10 @@ func check(blobs []Blob) error {
 	return nil
 }
 
+const maxCompressed, maxUncompressed = 1 << 40, 1 << 44
+
 // checkSizes keeps sums and file sizes far from overflow, at nydusd's limits.
 func checkSizes(b *Blob) error {
-	const maxCompressed, maxUncompressed = 1 << 40, 1 << 44
 	if b.CompressedSize > maxCompressed || b.UncompressedSize > maxUncompressed {
 		return fmt.Errorf("%w: blob %s has %d bytes, %d uncompressed; the limits are %d and %d",
 			ErrInvalid, b.ID, b.CompressedSize, b.UncompressedSize, uint64(maxCompressed), uint64(maxUncompressed))

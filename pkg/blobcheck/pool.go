@@ -1,0 +1,169 @@
+package blobcheck
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
+	"sync"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
+	"lukechampine.com/blake3"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
+)
+
+// Pool bounds how many checks run at once and owns what they need. All readers of a
+// process share one.
+type Pool struct {
+	workers chan *worker
+	// pieces are what arrives.
+	pieces sync.Pool
+}
+
+// NewPool makes a pool for n checks at once, at least one. More than the process has
+// processors only take memory: each has room for two chunks, and what zstd needs.
+func NewPool(n int) *Pool {
+	n = max(n, 1)
+	p := &Pool{workers: make(chan *worker, n), pieces: sync.Pool{New: func() any { return new(piece) }}}
+	for range n {
+		p.workers <- new(worker)
+	}
+	return p
+}
+
+// piece is what buffers consist of. Whole ones are filled before the next, since
+// hashing small ones is several times as slow.
+type piece [128 << 10]byte
+
+// buffer holds what has arrived.
+type buffer struct {
+	pool   *Pool
+	pieces []*piece
+	size   int
+}
+
+func (b *buffer) write(p []byte) {
+	for len(p) > 0 {
+		used := b.size % len(piece{})
+		if used == 0 {
+			b.pieces = append(b.pieces, b.pool.pieces.Get().(*piece))
+		}
+		n := copy(b.pieces[len(b.pieces)-1][used:], p)
+		b.size, p = b.size+n, p[n:]
+	}
+}
+
+// empty gives the memory back.
+func (b *buffer) empty() {
+	for _, p := range b.pieces {
+		b.pool.pieces.Put(p)
+	}
+	clear(b.pieces)
+	b.pieces, b.size = b.pieces[:0], 0
+}
+
+// worker makes one check at a time.
+type worker struct {
+	zstd    *zstd.Decoder
+	in, out []byte
+	sum     digester
+}
+
+// keepMost bounds what a worker keeps from one check to the next, in bytes: few images
+// have larger chunks.
+const keepMost = 2 << 20
+
+// room returns n bytes in *b.
+func room(b *[]byte, n int) []byte {
+	if cap(*b) < n {
+		*b = make([]byte, n)
+	}
+	return (*b)[:n]
+}
+
+// release forgets what was unusually large.
+func (w *worker) release() {
+	for _, b := range []*[]byte{&w.in, &w.out} {
+		if cap(*b) > keepMost {
+			*b = nil
+		}
+	}
+}
+
+// contiguous returns what is in b, and empties it.
+func (w *worker) contiguous(b *buffer) []byte {
+	in, n := room(&w.in, b.size), 0
+	for _, p := range b.pieces {
+		n += copy(in[n:], p[:])
+	}
+	b.empty()
+	return in
+}
+
+// decoded returns the size bytes that data is the compressed form of.
+func (w *worker) decoded(data []byte, size int, compressor rafs.Compressor) ([]byte, error) {
+	out := room(&w.out, size)
+	var (
+		n   int
+		err error
+	)
+	switch compressor {
+	case rafs.CompressorNone:
+		return data, nil
+	case rafs.CompressorLZ4:
+		n, err = lz4.UncompressBlock(data, out)
+	case rafs.CompressorZstd:
+		if w.zstd == nil {
+			// No window is larger than the largest chunk, but zstd rounds up.
+			w.zstd, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+				zstd.WithDecoderMaxMemory(2*maxRaw), zstd.WithDecodeAllCapLimit(true))
+			if err != nil {
+				return nil, fmt.Errorf("prepare to decompress: %w", err)
+			}
+		}
+		out, err = w.zstd.DecodeAll(data, out[:0:size])
+		n = len(out)
+	default:
+		return nil, fmt.Errorf("%w: %s", errors.ErrUnsupported, compressor)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("does not decompress: %w", err)
+	}
+	if n != size {
+		return nil, fmt.Errorf("decompresses to %d bytes, want %d", n, size)
+	}
+	return out, nil
+}
+
+// digester makes digests of chunks. Its zero value is ready.
+type digester struct {
+	blake3, sha256 hash.Hash
+	sum            [32]byte
+}
+
+// hash returns a fresh one.
+func (d *digester) hash(kind rafs.Digester) hash.Hash {
+	if kind == rafs.DigesterSHA256 {
+		if d.sha256 == nil {
+			d.sha256 = sha256.New()
+		}
+		d.sha256.Reset()
+		return d.sha256
+	}
+	if d.blake3 == nil {
+		d.blake3 = blake3.New(len(d.sum), nil)
+	}
+	d.blake3.Reset()
+	return d.blake3
+}
+
+// is tells whether h has come to want.
+func (d *digester) is(h hash.Hash, want *[32]byte) error {
+	if got := h.Sum(d.sum[:0]); !bytes.Equal(got, want[:]) {
+		return fmt.Errorf("its digest is %x, want %x", got, want[:])
+	}
+	return nil
+}
