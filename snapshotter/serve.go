@@ -131,6 +131,9 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	}()
 
 	nydusd.warn(ctx)
+	if err := checkFiles("in force", cfg); err != nil {
+		log.G(ctx).WithError(err).Warn("images cannot be mounted that need what is wrong here; it is read again for each mount")
+	}
 	log.G(ctx).WithFields(log.Fields{"version": version, "root": cfg.Root, "address": cfg.Address, "style": cfg.Mount.Style}).Info("serving")
 	return answer(ctx, server, listener)
 }

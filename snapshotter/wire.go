@@ -32,12 +32,12 @@ func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf) (sna
 		RunDir:   cfg.RunDir,
 		Managed:  cfg.Mount.Style == config.StyleManaged,
 		Daemon:   daemon.spec,
-		Backends: backends{cfg.Remote, endpoints(cfg.Remote), docker(), sealing},
+		Backends: backends{cfg.Backends, tuningOf(cfg.Daemon.ConfigTemplate), cfg.Remote, endpoints(cfg.Remote), docker(), sealing},
 		Sealer:   sealer{key},
 	}
 	if cfg.Mount.Credentials == config.CredentialsPlain {
 		o.Plain = func(text string, c *mountspec.Credentials) (string, error) {
-			return nydusd.AddCredentials(text, c.Auth, c.RegistryToken)
+			return nydusd.AddCredentials(text, *c)
 		}
 	}
 	return o, nil
