@@ -1,19 +1,26 @@
 package mount_test
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
+	"io"
+	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/health"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd/tuning"
+	"github.com/nydusfs/nydus-snapshotter/pkg/recovery"
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
 
@@ -76,6 +83,69 @@ func TestBucket(t *testing.T) {
 	e.hidesKey(1)
 	e.unmount(again)
 	e.unmount(target)
+}
+
+// The key takes the ways of all credentials: to a successor of a killed daemon, which
+// has yet to fetch everything, and to a daemon that serves many images.
+func TestBucketOfSuccessorsAndPools(t *testing.T) {
+	b := kit.NewBucket(t, keyID, keySecret)
+	img := small(t, "one")
+	b.Put(t, "team/", img.Image)
+	mount := func(e *env) string {
+		s := e.backendSpec(img, bucketOf(b))
+		s.Credentials = &mountspec.Credentials{AccessKeyID: keyID, AccessKeySecret: keySecret}
+		return e.mustMount(s)
+	}
+	t.Run("pool", func(t *testing.T) {
+		e := newEnv(t)
+		e.mode = mountspec.ModeShared
+		target := mount(e)
+		e.holds(img, target)
+		e.hidesKey(1)
+		e.unmount(target)
+	})
+	t.Run("successor", func(t *testing.T) {
+		e := newEnv(t)
+		if !e.succeeds() {
+			return // see TestFailover
+		}
+		r := e.recover(recovery.PolicyFailover, true)
+		target := mount(e)
+		within(t, "the daemon's descriptor is kept", func() bool { return e.current().Kept })
+		<-time.After(150 * time.Millisecond) // what dies sooner crashes
+		before := e.current()
+		e.kill(before.PID)
+		within(t, "a successor", func() bool { return e.current().Restarts == before.Restarts+1 })
+		e.holds(img, target)
+		e.hidesKey(1)
+		if strings.Contains(r.log.String(), keySecret) {
+			t.Errorf("the log shows the key:\n%s", r.log)
+		}
+		e.unmount(target)
+		must(t, e.tidy(soon))
+		r.stop()
+		e.holderEnds()
+	})
+}
+
+// What decides whether a broken daemon is replaced asks a bucket as the daemon does.
+func TestBucketHealth(t *testing.T) {
+	b := kit.NewBucket(t, keyID, keySecret)
+	img := small(t, "one")
+	b.Put(t, "team/", img.Image)
+	blob := img.Layers[0].Desc.Digest.Encoded()
+	for secret, refusal := range map[string]string{keySecret: "", "another": "credentials of the mount are not, or no longer, valid"} {
+		text, err := bucketOf(b).FuseDev()
+		must(t, err)
+		text, err = nydusd.AddCredentials(text, mountspec.Credentials{AccessKeyID: keyID, AccessKeySecret: secret})
+		must(t, err)
+		file := filepath.Join(t.TempDir(), "config.json")
+		must(t, os.WriteFile(file, []byte(text), 0o600))
+		err = health.Answers(t.Context(), file, nil, []string{blob})
+		if refusal == "" && err != nil || refusal != "" && (err == nil || !strings.Contains(err.Error(), refusal) || strings.Contains(err.Error(), secret)) {
+			t.Errorf("with %q: %v", secret, err)
+		}
+	}
 }
 
 // hidesKey looks where daemons and programs could show the key: it is in the
@@ -182,5 +252,82 @@ func TestTunedBackends(t *testing.T) {
 			}
 			e.unmount(target)
 		})
+	}
+}
+
+// The oldest nydusd takes what is written for fscache: it parses and checks the
+// configuration and opens the bootstrap, without the kernel's fscache. What serves with
+// it is not tested here, where no kernel has it.
+func TestFSCacheEntries(t *testing.T) {
+	kit.Baseline(t)
+	img := small(t, "one")
+	dir := t.TempDir()
+	boot := filepath.Join(dir, "image.boot")
+	must(t, os.WriteFile(boot, img.boot, 0o600))
+	n := func(i int) *int { return &i }
+	yes := true
+	tuned := nydusd.Tuning{
+		Transfer: nydusd.Transfer{ConnectTimeout: n(3), Timeout: n(7), Retries: n(4)},
+		Prefetch: &nydusd.Prefetch{Enable: true, Threads: n(4), BatchSize: n(1 << 20), Bandwidth: n(1 << 20), All: &yes},
+	}
+	put := singleton(t)
+	for name, b := range map[string]nydusd.Backend{
+		"localfs":  {Type: nydusd.BackendLocalFS, Dir: img.blobs},
+		"registry": {Type: nydusd.BackendRegistry, Scheme: "https", Host: "registry.invalid", Repository: "r"},
+		"oss":      {Type: nydusd.BackendOSS, Scheme: "https", Bucket: nydusd.Bucket{Endpoint: "bucket.invalid", Name: "b"}},
+		"s3":       {Type: nydusd.BackendS3, Scheme: "https", Bucket: nydusd.Bucket{Region: "r", Name: "b"}},
+	} {
+		text, err := nydusd.Config{Backend: b, CacheDir: dir, Tuning: tuned}.FSCache(nydusd.FSCacheImage{ID: name, Domain: "domain", Bootstrap: boot})
+		must(t, err)
+		if b.Bucket.Name != "" {
+			text, err = nydusd.AddCredentials(text, mountspec.Credentials{AccessKeyID: keyID, AccessKeySecret: keySecret})
+			must(t, err)
+		}
+		if status, answer := put(text); status != http.StatusNoContent {
+			t.Errorf("%s: %d %s for %s", name, status, answer, text)
+		}
+		// It does look at it.
+		broken := strings.Replace(strings.Replace(text, `"id":"`+name, `"id":"broken-`+name, 1), `"`+b.Type+`":{`, `"x":{`, 1)
+		if status, _ := put(broken); status < http.StatusBadRequest {
+			t.Errorf("%s: %d for %s", name, status, broken)
+		}
+	}
+}
+
+// singleton starts a nydusd that would serve fscache, and returns how it is given images.
+func singleton(t *testing.T) (put func(text string) (status int, answer string)) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "fsc") // short, as sockets need it
+	must(t, err)
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	socket := filepath.Join(dir, "s")
+	cmd := exec.Command(kit.MustTools(t).NydusdOld, "singleton", "--rlimit-nofile", "0", "--apisock", socket)
+	must(t, cmd.Start())
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	}}}
+	request := func(method, path, text string) (int, string, error) {
+		req, err := http.NewRequestWithContext(t.Context(), method, "http://nydusd"+path, strings.NewReader(text))
+		must(t, err)
+		resp, err := client.Do(req)
+		if err != nil {
+			return 0, "", err
+		}
+		defer resp.Body.Close()
+		answer, err := io.ReadAll(resp.Body)
+		return resp.StatusCode, string(answer), err
+	}
+	within(t, "nydusd listens", func() bool {
+		_, _, err := request(http.MethodGet, "/api/v1/daemon", "")
+		return err == nil
+	})
+	return func(text string) (int, string) {
+		status, answer, err := request(http.MethodPut, "/api/v2/blobs", text)
+		must(t, err)
+		return status, answer
 	}
 }
