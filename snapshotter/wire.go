@@ -158,7 +158,7 @@ func (d nydusdOf) find() (string, error) {
 	return filepath.Abs(path)
 }
 
-// warn tells at start what would otherwise show at the first mount only.
+// warn tells whether nydusd can be executed.
 func (d nydusdOf) warn(ctx context.Context) {
 	name := d.NydusdPath
 	if name == "" {

@@ -44,31 +44,26 @@ func bucketAnswers(ctx context.Context, kind string, settings map[string]any, en
 	}
 	if len(blobs) == 0 {
 		// What may be read is objects; any answer shows that it lives.
-		resp, err := b.get(ctx, "")
-		if err == nil && resp.StatusCode >= http.StatusInternalServerError {
-			err = b.fail("", errors.New(resp.Status))
-		}
-		return err
+		return b.get(ctx, "", func(resp *http.Response, fail func(error) error) error {
+			if resp.StatusCode >= http.StatusInternalServerError {
+				return fail(errors.New(resp.Status))
+			}
+			return nil
+		})
 	}
 	for _, blob := range blobs {
-		object := b.prefix + blob
-		resp, err := b.get(ctx, object)
-		if err == nil {
-			err = verdict(resp, func(err error) error { return b.fail(object, err) })
-		}
-		if err != nil {
+		if err := b.get(ctx, b.prefix+blob, verdict); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (b *bucket) fail(object string, err error) error {
-	return fmt.Errorf("ask bucket %s at %s for object %q: %w", b.name, b.endpoint, object, err)
-}
-
-// get asks for the first byte; the answer's body is closed.
-func (b *bucket) get(ctx context.Context, object string) (*http.Response, error) {
+// get asks for the first byte, and leaves the answer to judge.
+func (b *bucket) get(ctx context.Context, object string, judge func(*http.Response, func(error) error) error) error {
+	fail := func(err error) error {
+		return fmt.Errorf("ask bucket %s at %s for object %q: %w", b.name, b.endpoint, object, err)
+	}
 	at := url.URL{Scheme: b.scheme, Host: b.endpoint, Path: "/" + b.name + "/" + object}
 	if b.kind == nydusd.BackendOSS {
 		at.Host, at.Path = b.name+"."+b.endpoint, "/"+object
@@ -79,7 +74,7 @@ func (b *bucket) get(ctx context.Context, object string) (*http.Response, error)
 		err = b.sign(ctx, req, object)
 	}
 	if err != nil {
-		return nil, b.fail(object, errors.New("it cannot be asked"))
+		return fail(errors.New("it cannot be asked"))
 	}
 	resp, err := b.client.Do(req)
 	if err != nil {
@@ -87,11 +82,11 @@ func (b *bucket) get(ctx context.Context, object string) (*http.Response, error)
 		if errors.As(err, &at) {
 			err = at.Err
 		}
-		return nil, b.fail(object, err)
+		return fail(err)
 	}
 	_, _ = io.CopyN(io.Discard, resp.Body, 1)
 	_ = resp.Body.Close()
-	return resp, nil
+	return judge(resp, fail)
 }
 
 // sign does it as each of the two wants it: S3 with version 4, OSS with version 1, as

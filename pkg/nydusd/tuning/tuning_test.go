@@ -55,6 +55,22 @@ func TestEveryRuleCounts(t *testing.T) {
 	}
 }
 
+// The sample is a right one, and has everything.
+func TestSample(t *testing.T) {
+	text, err := os.ReadFile("../../../contrib/snapshotter/nydusd-template.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Parse("sample", text); err != nil {
+		t.Error(err)
+	}
+	for key, r := range rules() {
+		if name := key[strings.LastIndexByte(key, '.')+1:]; r.foreign == "" && !strings.Contains(string(text), `"`+name+`":`) {
+			t.Errorf("the sample does not have %s", key)
+		}
+	}
+}
+
 func TestParseRefuses(t *testing.T) {
 	in := func(member string) string { return "{\n\"device\": {\"backend\": {\"config\": {\n" + member + "\n}}}}" }
 	for text, want := range map[string][]string{
