@@ -51,11 +51,15 @@ func (b backends) Backend(ctx context.Context, ref, wanted string) (snapshot.Bac
 	return named(out, err, ref, rule.Name)
 }
 
-// named makes errors tell which rule they are about.
+// named makes errors tell which rule they are about. Of which image, tells who asks for
+// its configuration and credentials.
 func named(b snapshot.Backend, err error, ref, rule string) (snapshot.Backend, error) {
+	if err != nil {
+		return b, fmt.Errorf("image %q with [[backend]] %q: %w", ref, rule, err)
+	}
 	say := func(err error) error {
 		if err != nil {
-			err = fmt.Errorf("image %q with [[backend]] %q: %w", ref, rule, err)
+			err = fmt.Errorf("[[backend]] %q: %w", rule, err)
 		}
 		return err
 	}
@@ -72,7 +76,7 @@ func named(b snapshot.Backend, err error, ref, rule string) (snapshot.Backend, e
 			return c, say(err)
 		}
 	}
-	return b, say(err)
+	return b, nil
 }
 
 // selectRule finds the rule of an image: the one that its labels ask for if they do,
