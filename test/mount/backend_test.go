@@ -61,6 +61,7 @@ func TestBucket(t *testing.T) {
 	b.Put(t, "team/", img.Image)
 	s := e.backendSpec(img, bucketOf(b))
 	s.Credentials = &mountspec.Credentials{AccessKeyID: keyID, AccessKeySecret: keySecret}
+	s.Daemon.LogLevel = "trace"
 	target := e.mustMount(s)
 	e.holds(img, target)
 	asked := len(b.Requests())
