@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -135,18 +136,46 @@ func TestBucketHealth(t *testing.T) {
 	img := small(t, "one")
 	b.Put(t, "team/", img.Image)
 	blob := img.Layers[0].Desc.Digest.Encoded()
-	for secret, refusal := range map[string]string{keySecret: "", "another": "credentials of the mount are not, or no longer, valid"} {
-		text, err := bucketOf(b).FuseDev()
-		must(t, err)
-		text, err = nydusd.AddCredentials(text, mountspec.Credentials{AccessKeyID: keyID, AccessKeySecret: secret})
-		must(t, err)
-		file := filepath.Join(t.TempDir(), "config.json")
-		must(t, os.WriteFile(file, []byte(text), 0o600))
-		err = health.Answers(t.Context(), file, nil, []string{blob})
-		if refusal == "" && err != nil || refusal != "" && (err == nil || !strings.Contains(err.Error(), refusal) || strings.Contains(err.Error(), secret)) {
-			t.Errorf("with %q: %v", secret, err)
+	for _, config := range []nydusd.Config{bucketOf(b), ossOf(b)} {
+		for secret, refusal := range map[string]string{keySecret: "", "another": "credentials of the mount are not, or no longer, valid"} {
+			text, err := config.FuseDev()
+			must(t, err)
+			text, err = nydusd.AddCredentials(text, mountspec.Credentials{AccessKeyID: keyID, AccessKeySecret: secret})
+			must(t, err)
+			file := filepath.Join(t.TempDir(), "config.json")
+			must(t, os.WriteFile(file, []byte(text), 0o600))
+			err = health.Answers(t.Context(), file, nil, []string{blob})
+			if refusal == "" && err != nil || refusal != "" && (err == nil || !strings.Contains(err.Error(), refusal) || strings.Contains(err.Error(), secret)) {
+				t.Errorf("%s with %q: %v", config.Backend.Type, secret, err)
+			}
 		}
 	}
+}
+
+// ossOf is the bucket as OSS, which nydusd reaches through a proxy.
+func ossOf(b *kit.Bucket) nydusd.Config {
+	return nydusd.Config{
+		Backend: nydusd.Backend{Type: nydusd.BackendOSS, Scheme: "http", Bucket: nydusd.Bucket{Endpoint: kit.OSSEndpoint, Name: b.Name, Prefix: "team/"}},
+		Tuning:  nydusd.Tuning{Transfer: nydusd.Transfer{Proxy: &nydusd.Proxy{URL: "http://" + b.Host}}},
+	}
+}
+
+// There is no OSS to test with: what answers is a stand-in that checks signatures.
+func TestOSS(t *testing.T) {
+	b := kit.NewBucket(t, keyID, keySecret)
+	e := newEnv(t)
+	img := odd(t)
+	b.Put(t, "team/", img.Image)
+	s := e.backendSpec(img, ossOf(b))
+	s.Credentials = &mountspec.Credentials{AccessKeyID: keyID, AccessKeySecret: keySecret}
+	s.Daemon.LogLevel = "trace"
+	target := e.mustMount(s)
+	e.holds(img, target)
+	if all := b.Requests(); len(all) == 0 || slices.ContainsFunc(all, func(r kit.Request) bool { return r.Status != http.StatusOK }) {
+		t.Errorf("the bucket was asked %+v", all)
+	}
+	e.hidesKey(1)
+	e.unmount(target)
 }
 
 // hidesKey looks where daemons and programs could show the key: it is in the
@@ -217,7 +246,8 @@ func TestBucketRefusesAKey(t *testing.T) {
 // asks none for anything before something is read.
 func TestTunedBackends(t *testing.T) {
 	tuned, err := tuning.Parse("template", []byte(`{
-		"device": {"backend": {"config": {"connect_timeout": 3, "timeout": 7, "retry_limit": 255, "blob_url_scheme": "https", "blob_redirected_host": "blobs.example:8443"}},
+		"device": {"backend": {"config": {"connect_timeout": 3, "timeout": 7, "retry_limit": 255, "blob_url_scheme": "https", "blob_redirected_host": "blobs.example:8443",
+			"proxy": {"url": "http://127.0.0.1:9", "ping_url": "http://127.0.0.1:9/ping", "fallback": true, "check_interval": 5, "use_http": true}}},
 			"cache": {"type": "blobcache"}},
 		"mode": "direct", "digest_validate": false, "enable_xattr": true, "iostats_files": true, "access_pattern": true, "latest_read_files": true, "amplify_io": 268435456,
 		"fs_prefetch": {"enable": false, "threads_count": 1024, "merging_size": 268435456, "bandwidth_rate": 4294967295, "prefetch_all": false}
@@ -254,6 +284,27 @@ func TestTunedBackends(t *testing.T) {
 			e.unmount(target)
 		})
 	}
+}
+
+// Prefetching, which a template turns on, brings data from a bucket before anybody reads
+// it: a blob begins with it, and ends with its metadata.
+func TestTunedPrefetch(t *testing.T) {
+	tuned, err := tuning.Parse("template", []byte(`{"fs_prefetch": {"enable": true, "threads_count": 2, "merging_size": 131072, "bandwidth_rate": 0, "prefetch_all": true}}`))
+	must(t, err)
+	b := kit.NewBucket(t, keyID, keySecret)
+	e := newEnv(t)
+	img := small(t, "one")
+	b.Put(t, "team/", img.Image)
+	c := bucketOf(b)
+	c.Tuning = tuned
+	s := e.backendSpec(img, c)
+	s.Credentials = &mountspec.Credentials{AccessKeyID: keyID, AccessKeySecret: keySecret}
+	target := e.mustMount(s)
+	within(t, "data is fetched", func() bool {
+		return slices.ContainsFunc(b.Requests(), func(r kit.Request) bool { return strings.HasPrefix(r.Range, "bytes=0-") && r.Status == http.StatusOK })
+	})
+	e.holds(img, target)
+	e.unmount(target)
 }
 
 // The oldest nydusd takes what is written for fscache: it parses and checks the
