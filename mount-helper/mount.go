@@ -34,7 +34,7 @@ func fromSpec(target string, flags []string, s *mountspec.Spec) (*request, error
 	config := s.Config
 	if c := s.Credentials; c != nil {
 		var err error
-		if config, err = nydusd.AddCredentials(config, c.Auth, c.RegistryToken); err != nil {
+		if config, err = nydusd.AddCredentials(config, *c); err != nil {
 			return nil, err
 		}
 	}

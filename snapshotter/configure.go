@@ -53,7 +53,10 @@ func check(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = config.Parse(name, text, nil)
+	cfg, err := config.Parse(name, text, nil)
+	if err == nil {
+		err = checkFiles(name, cfg)
+	}
 	if format == "json" {
 		return errors.Join(printFaults(c.App.Writer, name, err), err)
 	}
@@ -61,6 +64,29 @@ func check(c *cli.Context) error {
 		_, err = fmt.Fprintf(c.App.Writer, "configuration %s: ok\n", name)
 	}
 	return err
+}
+
+// checkFiles looks into the files that a configuration names and that would otherwise
+// fail the first mount.
+func checkFiles(name string, cfg config.Config) error {
+	faults := []config.Fault{}
+	fail := func(key string, err error) {
+		if err != nil {
+			faults = append(faults, config.Fault{Key: key, Problem: err.Error()})
+		}
+	}
+	_, err := tuningOf(cfg.Daemon.ConfigTemplate)()
+	fail("daemon.config_template", err)
+	for i, b := range cfg.Backends {
+		if b.CredentialsFile != "" {
+			_, err := accessKey(b)
+			fail(fmt.Sprintf("backend[%d].credentials_file", i+1), err)
+		}
+	}
+	if len(faults) > 0 {
+		return &config.Error{Name: name, Faults: faults}
+	}
+	return nil
 }
 
 func printFaults(w io.Writer, name string, err error) error {

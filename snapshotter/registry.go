@@ -60,10 +60,14 @@ func checkRegistry(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	if cfg.Remote.Backend != config.BackendRegistry {
-		return fmt.Errorf("registry check: remote.backend is %q: no registry is asked", cfg.Remote.Backend)
-	}
 	image := c.Args().First()
+	rule, err := selectRule(cfg.Backends, image, "")
+	if err != nil {
+		return fmt.Errorf("registry check: %w", err)
+	}
+	if rule != nil && rule.Type != config.BackendRegistry {
+		return fmt.Errorf("registry check: the blobs of %s are where [[backend]] %q says (%s): no registry is asked for them", image, rule.Name, rule.Type)
+	}
 	hosts := endpoints(cfg.Remote)
 	route, err := hosts.Route(c.Context, image)
 	if err != nil {

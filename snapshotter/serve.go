@@ -136,9 +136,17 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 		err = errors.Join(err, endShared(ctx, cfg.RunDir))
 	}()
 
-	nydusd.warn(ctx)
+	warn(ctx, cfg, nydusd)
 	log.G(ctx).WithFields(log.Fields{"version": version, "root": cfg.Root, "address": cfg.Address, "style": cfg.Mount.Style}).Info("serving")
 	return answer(ctx, server, listener)
+}
+
+// warn tells at start what would otherwise show at the first mount only.
+func warn(ctx context.Context, cfg config.Config, nydusd nydusdOf) {
+	nydusd.warn(ctx)
+	if err := checkFiles("in force", cfg); err != nil {
+		log.G(ctx).WithError(err).Warn("images cannot be mounted that need what is wrong here; it is read again for each mount")
+	}
 }
 
 // endShared ends what would otherwise stay without any user until the next start.

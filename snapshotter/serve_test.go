@@ -218,9 +218,9 @@ func TestServeManagedLocalFS(t *testing.T) {
 	dir := shortDir(t)
 	p := start(t, dir, "--config", write(t, filepath.Join(dir, "c.toml"), `version = 1
 mount.style = "managed"
-remote = { backend = "localfs", localfs_dir = "/blobs" }
 daemon = { nydusd_path = "/nonexistent/nydusd", threads = 7 }
 log.format = "json"
+backend = [{ name = "files", type = "localfs", match = { host = "*" }, dir = "/blobs" }]
 `))
 	sn := p.client()
 	mounts, err := sn.Prepare(testContext(t), "k8s.io/9/c1", pull(t, sn, "registry.example/app", 1))

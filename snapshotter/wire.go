@@ -15,7 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
-	"github.com/nydusfs/nydus-snapshotter/pkg/gateway"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/registry"
@@ -33,12 +32,15 @@ func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf) (sna
 		RunDir:   cfg.RunDir,
 		Managed:  cfg.Mount.Style == config.StyleManaged,
 		Daemon:   daemon.spec,
-		Backends: backends{cfg.Remote, endpoints(cfg.Remote), docker(), sealing, cfg.Daemon.Mode == config.ModeShared},
+		Backends: backends{
+			rules: cfg.Backends, tuning: tuningOf(cfg.Daemon.ConfigTemplate), remote: cfg.Remote, endpoints: endpoints(cfg.Remote), keychain: docker(),
+			sealing: sealing, shared: cfg.Daemon.Mode == config.ModeShared,
+		},
 		Sealer:   sealer{key},
 	}
 	if cfg.Mount.Credentials == config.CredentialsPlain {
 		o.Plain = func(text string, c *mountspec.Credentials) (string, error) {
-			return nydusd.AddCredentials(text, c.Auth, c.RegistryToken)
+			return nydusd.AddCredentials(text, *c)
 		}
 	}
 	return o, nil
@@ -75,96 +77,6 @@ func docker() registry.Docker {
 		d.Dir = filepath.Join(home, ".docker")
 	}
 	return d
-}
-
-// backends decides how an image's blobs are read.
-type backends struct {
-	remote    config.Remote
-	endpoints *registry.Endpoints
-	keychain  registry.Keychain
-	sealing   gateway.Key
-	// shared says that daemons are for many images.
-	shared bool
-}
-
-// Backend implements snapshot.Backends.
-func (b backends) Backend(ctx context.Context, ref string) (snapshot.Backend, error) {
-	if b.remote.Backend == config.BackendLocalFS {
-		at, err := registry.Directory(b.remote.LocalFSDir).Resolve(ref)
-		return snapshot.Backend{Repository: at.Dir, Config: rendered(nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: at.Dir})}, err
-	}
-	// The image's own host, whoever serves it: blobs that are cached are the same.
-	own, err := registry.Hosts{}.Resolve(ref)
-	if err != nil {
-		return snapshot.Backend{}, err
-	}
-	out := snapshot.Backend{Host: own.Host, Repository: own.Repository}
-	route, err := b.endpoints.Route(ctx, ref)
-	if err != nil {
-		return out, err
-	}
-	if viaGateway(b.remote, route) {
-		return b.throughGateway(out, ref, route), nil
-	}
-	at, err := route.Direct(ctx)
-	if err != nil {
-		if errors.Is(err, registry.ErrGateway) {
-			err = fmt.Errorf(`%w; set remote.gateway = "auto" and run the gateway`, err)
-		}
-		return out, err
-	}
-	if at.CAFile != "" && b.shared {
-		return out, fmt.Errorf(`registry %s: %s has a certificate authority of its own (ca), and daemon.mode is "shared": %w; set remote.gateway = "auto" and run the gateway`, route.Registry, at.CAFile, registry.ErrGateway)
-	}
-	out.CAFile = at.CAFile
-	out.Config = rendered(nydusd.Backend{
-		Type: nydusd.BackendRegistry, Scheme: at.Scheme, Host: at.Host, Repository: at.Repository, SkipVerify: at.SkipVerify,
-	})
-	out.Credentials = func(ctx context.Context, _ string) (*mountspec.Credentials, error) {
-		c, err := b.keychain.Credentials(ctx, at.Host, at.Repository)
-		if err != nil || c == nil {
-			return nil, err
-		}
-		if c.IdentityToken != "" {
-			return nil, fmt.Errorf(`credentials for %s from %s: the login is an identity token, which nydusd cannot use by itself; set remote.gateway = "always" and run the gateway, or log in with a user name and an access token`, at.Host, c.Source)
-		}
-		return &mountspec.Credentials{Auth: c.Auth, RegistryToken: c.RegistryToken}, nil
-	}
-	return out, nil
-}
-
-// viaGateway tells whether nydusd is to read through the gateway.
-func viaGateway(r config.Remote, route registry.Route) bool {
-	return r.Gateway == config.GatewayAlways || r.Gateway == config.GatewayAuto && len(route.Needs) > 0
-}
-
-// throughGateway points nydusd at the gateway, which has to be there when the image is
-// mounted.
-func (b backends) throughGateway(out snapshot.Backend, ref string, route registry.Route) snapshot.Backend {
-	address := b.remote.GatewayAddress
-	out.Config = rendered(nydusd.Backend{Type: nydusd.BackendRegistry, Scheme: "http", Host: address, Repository: route.Repository, Retries: gatewayRetries})
-	out.Credentials = func(ctx context.Context, instance string) (*mountspec.Credentials, error) {
-		if err := gateway.Probe(ctx, address, b.sealing); err != nil {
-			why := `remote.gateway is "always"`
-			if len(route.Needs) > 0 {
-				why = "nydusd cannot do what registry " + route.Registry + " needs: " + strings.Join(route.Needs, ", ")
-			}
-			return nil, fmt.Errorf("ask the gateway: %w; it is needed since %s; run it (systemctl enable --now nydus-gateway.socket)", err, why)
-		}
-		capability, err := b.sealing.Seal(gateway.Grant{Instance: instance, Image: ref, Registry: route.Registry, Repository: route.Repository})
-		return &mountspec.Credentials{RegistryToken: capability}, err
-	}
-	return out
-}
-
-// gatewayRetries is how often nydusd asks again, after half a second and then twice as
-// long each time, for the case that the gateway ends. It is not for registries, which the
-// gateway itself asks again.
-const gatewayRetries = 5
-
-// rendered renders nydusd's configuration.
-func rendered(b nydusd.Backend) func(cacheDir string) (string, error) {
-	return func(cacheDir string) (string, error) { return nydusd.Config{Backend: b, CacheDir: cacheDir}.JSON() }
 }
 
 type sealer struct{ key mountspec.Key }
@@ -249,7 +161,7 @@ func (d nydusdOf) find() (string, error) {
 	return filepath.Abs(path)
 }
 
-// warn tells at start what would otherwise show at the first mount only.
+// warn tells whether nydusd can be executed.
 func (d nydusdOf) warn(ctx context.Context) {
 	name := d.NydusdPath
 	if name == "" {

@@ -37,12 +37,17 @@ type Config struct {
 	Mount  Mount  `toml:"mount"`
 	Log    Log    `toml:"log"`
 	Remote Remote `toml:"remote"`
+
+	// Backends says of which images the blobs are elsewhere than in their registry.
+	Backends []Backend `toml:"backend"`
 }
 
 // Daemon says how nydusd is started.
 type Daemon struct {
 	// NydusdPath is the executable; empty means that PATH is searched.
 	NydusdPath string `toml:"nydusd_path"`
+	// ConfigTemplate is a file with settings of nydusd's configuration, or empty.
+	ConfigTemplate string `toml:"config_template"`
 	// LogLevel is one of LogLevels.
 	LogLevel string `toml:"log_level"`
 	// LogMaxSize bounds the log of one nydusd; what is older takes as much again.
@@ -157,12 +162,6 @@ type Log struct {
 	Format string `toml:"format"`
 }
 
-// The backends.
-const (
-	BackendRegistry = "registry"
-	BackendLocalFS  = "localfs"
-)
-
 // Gateway says when nydusd reads through the gateway.
 type Gateway string
 
@@ -174,12 +173,9 @@ const (
 	GatewayNever  Gateway = "never"
 )
 
-// Remote says where blobs come from.
+// Remote says how registries are read, which is where blobs come from unless
+// Config.Backends says otherwise.
 type Remote struct {
-	// Backend is BackendRegistry or BackendLocalFS.
-	Backend string `toml:"backend"`
-	// LocalFSDir is the directory of BackendLocalFS.
-	LocalFSDir string `toml:"localfs_dir"`
 	// ConfigPath is containerd's config_path: directories with hosts.toml files,
 	// with colons between them; empty for none.
 	ConfigPath string `toml:"config_path"`
@@ -223,7 +219,7 @@ func Default() Config {
 		},
 		Log: Log{Level: "info", Format: "text"},
 		Remote: Remote{
-			Backend: BackendRegistry, ConfigPath: "/etc/containerd/certs.d", Gateway: GatewayAuto, GatewayAddress: "127.0.0.1:476",
+			ConfigPath: "/etc/containerd/certs.d", Gateway: GatewayAuto, GatewayAddress: "127.0.0.1:476",
 			PlainHTTP: []string{}, SkipVerify: []string{},
 		},
 	}

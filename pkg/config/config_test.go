@@ -32,6 +32,9 @@ func TestDefaultTOMLIsComplete(t *testing.T) {
 	check = func(prefix string, typ reflect.Type) {
 		for i := range typ.NumField() {
 			key := join(prefix, typ.Field(i).Tag.Get("toml"))
+			if isTables(reflect.New(typ.Field(i).Type).Elem()) {
+				continue // see TestDefaultTOMLExplainsBackends
+			}
 			if at[key] == 0 {
 				t.Errorf("default.toml does not have %s", key)
 			}
@@ -129,7 +132,6 @@ format = ["text"]
 
 [remote]
 backend = "localfs"
-localfs_dir = "/a,b"
 plain_http = ["https://registry.example", "a.example", "a.example"]
 skip_verify = ["a.example", 3]
 
@@ -151,15 +153,13 @@ address = ":9110"
 		`line 16: cgroup.memory: "64mb": want bytes`,
 		"line 17: cgroup.cpu: want text, got the number 2",
 		`line 21: mount.credentials: "plain" is for Kata`,
-		`line 21: mount.credentials: is "plain", but remote.backend "localfs"`,
 		`line 22: mount.idle_linger: "soon" is no duration`,
 		"line 25: log.format: want text, got a list",
-		`line 28: remote.backend: is "localfs", with which`,
-		`line 29: remote.localfs_dir: "/a,b" has a character`,
-		`line 30: remote.plain_http: "https://registry.example": want a registry`,
-		`line 30: remote.plain_http: "a.example" is listed twice`,
-		"line 31: remote.skip_verify: want a list of texts, element 1 is the number 3",
-		"line 33: metrics: unknown key",
+		"line 28: remote.backend: unknown key",
+		`line 29: remote.plain_http: "https://registry.example": want a registry`,
+		`line 29: remote.plain_http: "a.example" is listed twice`,
+		"line 30: remote.skip_verify: want a list of texts, element 1 is the number 3",
+		"line 32: metrics: unknown key",
 	}
 	_, err := Parse("f.toml", []byte(text), nil)
 	var all *Error
@@ -174,7 +174,7 @@ address = ":9110"
 			t.Errorf("fault %d is %q, want %q", i, all.Faults[i], w)
 		}
 	}
-	if !strings.HasPrefix(err.Error(), "configuration f.toml has 23 faults:\n  line 1:") {
+	if !strings.HasPrefix(err.Error(), "configuration f.toml has 21 faults:\n  line 1:") {
 		t.Errorf("got %q", err)
 	}
 }
@@ -207,6 +207,7 @@ func TestSingleFaults(t *testing.T) {
 		"version = 1\nrun_dir = \"/run/n\"\nroot = \"/run/nydus-snapshotter/r\"\naddress = \"/run/n/s\"": "ends with the boot",
 		"version = 1\naddress = \"/var/lib\"":                                                            "must not be root",
 		"version = 1\ndaemon.nydusd_path = \"nydusd\"":                                                   "want an absolute path",
+		"version = 1\ndaemon.config_template = \"x.json\"":                                               "want an absolute path",
 		"version = 1\ndaemon.start_timeout = \"1ms\"":                                                    "want 100ms to 10m",
 		"version = 1\ndaemon.log_max_size = 7":                                                           `want a size as text, such as "16M", got the number 7`,
 		"version = 1\ndaemon.log_max_size = \"16KM\"":                                                    `"16KM" is no size`,
@@ -238,8 +239,6 @@ func TestSingleFaults(t *testing.T) {
 		"version = 1\ncgroup.memory = \"1G\"\ndaemon.oom_score_adj = -1000":                              "use -999 or more",
 		"version = 1\nmount.idle_linger = \"-1s\"":                                                       "want 0s to 24h",
 		"version = 1\nmount.style = \"kata\"":                                                            "want one of: helper, managed",
-		"version = 1\nremote.localfs_dir = \"/x\"":                                                       `backend is "registry"`,
-		"version = 1\nremote.backend = \"localfs\"":                                                      "localfs_dir: is empty",
 		"version = 1\nremote.plain_http = [\"a\"]\nremote.skip_verify = [\"a\"]":                         "also in plain_http",
 		"version = 1\nremote.plain_http = [\"a:0\"]":                                                     "host or host:port",
 		"version = 1\nremote.plain_http = [\"a/b\"]":                                                     "host or host:port",

@@ -106,7 +106,11 @@ func (p *parser) table(prefix string, tree map[string]any, into reflect.Value) {
 			p.fail(key, "unknown key%s", suggestion(into.Type(), name))
 			continue
 		}
-		if field.Kind() != reflect.Struct {
+		switch {
+		case isTables(field):
+			p.tables(key, value, field)
+			continue
+		case field.Kind() != reflect.Struct:
 			p.assign(key, value, field)
 			continue
 		}
@@ -117,6 +121,31 @@ func (p *parser) table(prefix string, tree map[string]any, into reflect.Value) {
 		}
 	}
 }
+
+// tables assigns a list of TOML tables to a slice of structs.
+func (p *parser) tables(key string, value any, into reflect.Value) {
+	list, ok := value.([]any)
+	if !ok {
+		p.fail(key, "want a list of tables, each begun with [[%s]], got %s", key, kindOf(value))
+		return
+	}
+	all := reflect.MakeSlice(into.Type(), len(list), len(list))
+	for i, v := range list {
+		if sub, ok := v.(map[string]any); ok {
+			p.table(elementKey(key, i), sub, all.Index(i))
+		} else {
+			p.fail(key, "want a list of tables, element %d is %s", i, kindOf(v))
+		}
+	}
+	into.Set(all)
+}
+
+func isTables(v reflect.Value) bool {
+	return v.Kind() == reflect.Slice && v.Type().Elem().Kind() == reflect.Struct
+}
+
+// elementKey is the key of an element of a list of tables. People count from 1.
+func elementKey(key string, i int) string { return fmt.Sprintf("%s[%d]", key, i+1) }
 
 // assign sets one field from one TOML value, or says why it cannot.
 func (p *parser) assign(key string, value any, into reflect.Value) {
@@ -152,6 +181,13 @@ func (p *parser) assign(key string, value any, into reflect.Value) {
 			return
 		}
 		into.SetString(text)
+	case into.Kind() == reflect.Bool:
+		set, ok := value.(bool)
+		if !ok {
+			p.fail(key, "want true or false, got %s", kindOf(value))
+			return
+		}
+		into.SetBool(set)
 	case into.Kind() == reflect.Int:
 		n, ok := value.(int64)
 		if !ok || n < math.MinInt32 || n > math.MaxInt32 {
@@ -245,41 +281,81 @@ func join(prefix, name string) string {
 }
 
 // lines tells for each key and table of a well-formed document the line where
-// it is first mentioned.
+// it is first mentioned. Elements of lists of tables have elementKey.
 func lines(text []byte) map[string]int {
-	at := map[string]int{}
-	var p unstable.Parser
-	p.Reset(text)
+	f := finder{at: map[string]int{}, elements: map[string]int{}}
+	f.p.Reset(text)
 	table := ""
-	for p.NextExpression() {
-		switch e := p.Expression(); e.Kind {
-		case unstable.Table, unstable.ArrayTable:
-			table = noteKey(&p, at, "", e.Key())
+	for f.p.NextExpression() {
+		switch e := f.p.Expression(); e.Kind {
+		case unstable.Table:
+			table = f.header(e.Key())
+		case unstable.ArrayTable:
+			name := f.header(e.Key())
+			if i := strings.LastIndexByte(name, '['); i > 0 && f.elements[name[:i]] > 0 {
+				name = name[:i] // the element before
+			}
+			table = elementKey(name, f.elements[name])
+			f.elements[name]++
+			key, last := e.Key(), (*unstable.Node)(nil)
+			for key.Next() {
+				last = key.Node()
+			}
+			f.note(table, last)
 		case unstable.KeyValue:
-			noteValue(&p, at, table, e)
+			f.value(table, e)
 		}
 	}
-	return at
+	return f.at
 }
 
-// noteKey notes each step of a dotted key and returns the whole key.
-func noteKey(p *unstable.Parser, at map[string]int, prefix string, key unstable.Iterator) string {
+// finder finds lines.
+type finder struct {
+	p  unstable.Parser
+	at map[string]int
+	// elements counts those of lists of tables.
+	elements map[string]int
+}
+
+func (f *finder) note(key string, n *unstable.Node) {
+	if f.at[key] == 0 {
+		f.at[key] = f.p.Shape(n.Raw).Start.Line
+	}
+}
+
+// header notes each step of a table's name, which goes through the last element of a
+// list, and returns the whole.
+func (f *finder) header(key unstable.Iterator) (name string) {
+	for key.Next() {
+		name = join(name, string(key.Node().Data))
+		f.note(name, key.Node())
+		if n := f.elements[name]; n > 0 {
+			name = elementKey(name, n-1)
+		}
+	}
+	return name
+}
+
+// value notes a key, each step of it, and what lies in its value.
+func (f *finder) value(prefix string, kv *unstable.Node) {
+	key := kv.Key()
 	for key.Next() {
 		prefix = join(prefix, string(key.Node().Data))
-		if at[prefix] == 0 {
-			at[prefix] = p.Shape(key.Node().Raw).Start.Line
-		}
+		f.note(prefix, key.Node())
 	}
-	return prefix
+	f.members(prefix, kv.Value())
 }
 
-func noteValue(p *unstable.Parser, at map[string]int, prefix string, kv *unstable.Node) {
-	prefix = noteKey(p, at, prefix, kv.Key())
-	if kv.Value().Kind != unstable.InlineTable {
-		return
-	}
-	members := kv.Value().Children()
-	for members.Next() {
-		noteValue(p, at, prefix, members.Node())
+func (f *finder) members(prefix string, value *unstable.Node) {
+	children := value.Children()
+	switch value.Kind {
+	case unstable.InlineTable:
+		for children.Next() {
+			f.value(prefix, children.Node())
+		}
+	case unstable.Array:
+		for i := 0; children.Next(); i++ {
+			f.members(elementKey(prefix, i), children.Node())
+		}
 	}
 }

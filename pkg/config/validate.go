@@ -57,7 +57,8 @@ func (c Config) Validate() []Fault {
 	v.between("mount.idle_linger", c.Mount.IdleLinger, 0, maxLinger)
 	v.oneOf("log.level", c.Log.Level, LogLevels()...)
 	v.oneOf("log.format", c.Log.Format, "text", "json")
-	v.remote(c)
+	v.remote(c.Remote)
+	v.backends(c.Backends)
 	return v.faults
 }
 
@@ -136,6 +137,9 @@ func (v *validator) daemon(d Daemon) {
 			v.fail("daemon.nydusd_path", "%q: want an absolute path without . or .., or nothing to search PATH", d.NydusdPath)
 		}
 	}
+	if f := d.ConfigTemplate; f != "" && (!filepath.IsAbs(f) || filepath.Clean(f) != f) {
+		v.fail("daemon.config_template", "%q: want an absolute path without //, . or .., or nothing", f)
+	}
 	v.oneOf("daemon.log_level", d.LogLevel, LogLevels()...)
 	if d.LogMaxSize < minLog || d.LogMaxSize > maxLog {
 		v.fail("daemon.log_max_size", "is %s, want %s to %s", d.LogMaxSize, Size(minLog), Size(maxLog))
@@ -172,9 +176,7 @@ func (v *validator) cgroup(c Cgroup, d Daemon) {
 	}
 }
 
-func (v *validator) remote(c Config) {
-	r := c.Remote
-	v.oneOf("remote.backend", r.Backend, BackendRegistry, BackendLocalFS)
+func (v *validator) remote(r Remote) {
 	for _, dir := range filepath.SplitList(r.ConfigPath) {
 		if !filepath.IsAbs(dir) {
 			v.fail("remote.config_path", "%q: want absolute paths with colons between them, as containerd's config_path, or nothing", r.ConfigPath)
@@ -195,23 +197,6 @@ func (v *validator) remote(c Config) {
 	for _, h := range r.SkipVerify {
 		if slices.Contains(r.PlainHTTP, h) {
 			v.fail("remote.skip_verify", "%q is also in plain_http, where there is no certificate", h)
-		}
-	}
-	switch r.Backend {
-	case BackendRegistry:
-		if r.LocalFSDir != "" {
-			v.fail("remote.localfs_dir", `is set but backend is "registry"; remove it, or set backend = "localfs"`)
-		}
-	case BackendLocalFS:
-		v.path("remote.localfs_dir", r.LocalFSDir)
-		if len(r.PlainHTTP)+len(r.SkipVerify) > 0 {
-			v.fail("remote.backend", `is "localfs", with which plain_http and skip_verify mean nothing; remove them`)
-		}
-		if r.Gateway == GatewayAlways {
-			v.fail("remote.gateway", `is "always", but remote.backend "localfs" reads from no registry; remove it`)
-		}
-		if c.Mount.Credentials == CredentialsPlain {
-			v.fail("mount.credentials", `is "plain", but remote.backend "localfs" has no credentials; remove it`)
 		}
 	}
 }

@@ -25,8 +25,8 @@ const askTimeout = 10 * time.Second
 // Answers returns nil when the backend of a daemon's configuration, its file's path,
 // in the daemon's environment, gives out the blobs, or at least says that it lives
 // when there are none: so a daemon that is started now will fetch their metadata. A
-// backend other than a registry or a directory is taken to answer. The error says what
-// is wrong with it.
+// backend other than a registry, a bucket or a directory is taken to answer. The error
+// says what is wrong with it.
 func Answers(ctx context.Context, config string, env, blobs []string) error {
 	text, err := os.ReadFile(filepath.Clean(config))
 	if err != nil {
@@ -43,6 +43,8 @@ func Answers(ctx context.Context, config string, env, blobs []string) error {
 		return answersOf(ctx, settings, env, blobs)
 	case nydusd.BackendLocalFS:
 		return directoryAnswers(setting(settings, "dir"), blobs)
+	case nydusd.BackendS3, nydusd.BackendOSS:
+		return bucketAnswers(ctx, kind, settings, env, blobs)
 	}
 	return nil
 }
@@ -87,8 +89,15 @@ func registryOf(settings map[string]any, env []string) (*registry, error) {
 	if token := setting(settings, "registry_token"); token != "" {
 		r.authorization = "Bearer " + token
 	}
+	var err error
+	r.client, err = clientOf(settings, env)
+	return r, err
+}
+
+// clientOf is a client that goes the daemon's way.
+func clientOf(settings map[string]any, env []string) (*http.Client, error) {
 	transport := &http.Transport{Proxy: proxyOf(settings, env), DisableKeepAlives: true, TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}}
-	// As the daemon does, by [remote] skip_verify.
+	// As the daemon does, by the configuration's skip_verify.
 	transport.TLSClientConfig.InsecureSkipVerify, _ = settings["skip_verify"].(bool)
 	if file := valueOf(env, "SSL_CERT_FILE"); file != "" {
 		text, err := os.ReadFile(filepath.Clean(file))
@@ -98,8 +107,7 @@ func registryOf(settings map[string]any, env []string) (*registry, error) {
 		transport.TLSClientConfig.RootCAs = x509.NewCertPool()
 		transport.TLSClientConfig.RootCAs.AppendCertsFromPEM(text)
 	}
-	r.client = &http.Client{Transport: transport}
-	return r, nil
+	return &http.Client{Transport: transport}, nil
 }
 
 // valueOf is a variable of an environment, whose names may be in lower case.

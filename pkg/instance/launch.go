@@ -233,7 +233,7 @@ func findBlobs(s Spec) error {
 		return nil
 	}
 	if _, err := os.Stat(s.Repository); err != nil {
-		return fmt.Errorf("find the image's blobs: %w; correct [remote] localfs_dir", err)
+		return fmt.Errorf("find the image's blobs: %w; correct the dir of its [[backend]]", err)
 	}
 	return nil
 }

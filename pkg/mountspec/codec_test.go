@@ -56,6 +56,10 @@ func variants() map[string]*Spec {
 	}
 	add("rootfs-auth", func(*Spec) {})
 	add("rootfs-token", func(s *Spec) { s.Credentials = &Credentials{RegistryToken: testToken} })
+	add("rootfs-keys", func(s *Spec) {
+		s.Host, s.Repository = "", `{"bucket_name":"b","endpoint":"s3.example","object_prefix":"p/","region":"r","type":"s3"}`
+		s.Credentials = &Credentials{AccessKeyID: testKeyID, AccessKeySecret: testKeySecret}
+	})
 	add("rootfs-none", func(s *Spec) { s.Credentials = nil })
 	add("rootfs-view", func(s *Spec) { s.ReadOnly, s.Credentials = true, nil })
 	add("image-auth", func(s *Spec) { s.Kind, s.Lower, s.OverlayOptions = KindImage, nil, nil })

@@ -83,7 +83,8 @@ type Spec struct {
 	// Image is the reference by which the image was pulled, for people.
 	Image string
 	// Host and Repository name the backend that the blobs come from. For a
-	// backend that is a directory Host is empty and Repository its path.
+	// backend that is no registry Host is empty, and Repository is the path of a
+	// directory or says in canonical JSON which bucket it is.
 	Host, Repository string
 
 	// Root is the snapshotter's root directory; Bootstrap, SnapshotDir, Lower
@@ -141,12 +142,33 @@ type Daemon struct {
 	CAFile string `json:"ca_file,omitempty"`
 }
 
-// Credentials open a registry. At most one of the two is set.
+// Credentials open a backend. One of Auth, RegistryToken and the pair of the access
+// key is set.
 type Credentials struct {
-	// Auth is base64 of user:password.
+	// Auth is base64 of user:password, for a registry.
 	Auth string `json:"auth,omitempty"`
 	// RegistryToken is a bearer token.
 	RegistryToken string `json:"registry_token,omitempty"`
+	// AccessKeyID and AccessKeySecret are for a bucket.
+	AccessKeyID     string `json:"access_key_id,omitempty"`
+	AccessKeySecret string `json:"access_key_secret,omitempty"`
+}
+
+// validate refuses what opens nothing, or more than one thing.
+func (c *Credentials) validate() error {
+	if (c.AccessKeyID == "") != (c.AccessKeySecret == "") {
+		return errors.New("credentials: want both id and secret of an access key")
+	}
+	ways := 0
+	for _, way := range []string{c.Auth, c.RegistryToken, c.AccessKeyID} {
+		if way != "" {
+			ways++
+		}
+	}
+	if ways != 1 {
+		return errors.New("credentials: want one of auth, a registry token and an access key")
+	}
+	return nil
 }
 
 // hidden is what is seen of credentials.
@@ -220,8 +242,8 @@ func (s *Spec) Validate() error {
 	if s.Config == "" {
 		fail("config is empty")
 	}
-	if c := s.Credentials; c != nil && (c.Auth == "") == (c.RegistryToken == "") {
-		fail("credentials: want either auth or a registry token")
+	if c := s.Credentials; c != nil {
+		errs = append(errs, c.validate())
 	}
 	if s.Daemon.CAFile != "" && s.Daemon.Mode == ModeShared {
 		fail("CA file %q: a daemon that is shared has none", s.Daemon.CAFile)
@@ -275,7 +297,7 @@ func (s *Spec) validateText() []error {
 		texts = append(texts, text{"overlay option", o})
 	}
 	if c := s.Credentials; c != nil {
-		texts = append(texts, text{"auth", c.Auth}, text{"registry token", c.RegistryToken})
+		texts = append(texts, text{"auth", c.Auth}, text{"registry token", c.RegistryToken}, text{"access key id", c.AccessKeyID}, text{"access key secret", c.AccessKeySecret})
 	}
 	var errs []error
 	for _, t := range texts {

@@ -15,6 +15,8 @@ import (
 const (
 	testAuth  = "dXNlcjpjYW5hcnktYXV0aC1zZWNyZXQ="
 	testToken = "canary-token-secret"
+
+	testKeyID, testKeySecret = "AKIDCanarycanary", "Y2FuYXJ5/canary+secret"
 )
 
 // testSpec is a whole Spec, with every member set.
@@ -63,6 +65,9 @@ func TestValidateNamesEveryFault(t *testing.T) {
 		"config":              {func(s *Spec) { s.Config = "" }, []string{"config is empty"}},
 		"no credentials":      {func(s *Spec) { s.Credentials = &Credentials{} }, []string{"credentials"}},
 		"both credentials":    {func(s *Spec) { s.Credentials.RegistryToken = testToken }, []string{"credentials"}},
+		"auth and key":        {func(s *Spec) { s.Credentials.AccessKeyID, s.Credentials.AccessKeySecret = "I", "S" }, []string{"credentials"}},
+		"half a key":          {func(s *Spec) { s.Credentials = &Credentials{AccessKeyID: "I"} }, []string{"both id and secret"}},
+		"the other half":      {func(s *Spec) { s.Credentials = &Credentials{AccessKeySecret: "S"} }, []string{"both id and secret"}},
 		"bootstrap outside":   {func(s *Spec) { s.Bootstrap = "/etc/passwd" }, []string{`"/etc/passwd" is outside`}},
 		"snapshot outside":    {func(s *Spec) { s.SnapshotDir = s.Root + "/../x" }, []string{"/../x", "outside"}},
 		"snapshot is root":    {func(s *Spec) { s.SnapshotDir = s.Root }, []string{"outside"}},
@@ -144,7 +149,7 @@ func TestInstanceKey(t *testing.T) {
 // noLeak fails when text shows a secret or a piece of an option.
 func noLeak(t *testing.T, what, text, option string) {
 	t.Helper()
-	for _, secret := range []string{testAuth, testToken, "canary", "Y2FuYXJ5"} {
+	for _, secret := range []string{testAuth, testToken, testKeyID, testKeySecret, "canary", "Y2FuYXJ5"} {
 		if strings.Contains(text, secret) {
 			t.Errorf("%s shows the secret: %s", what, text)
 		}
@@ -162,6 +167,8 @@ func noLeak(t *testing.T, what, text, option string) {
 func TestSecretsAreHidden(t *testing.T) {
 	auth, token := testSpec(), testSpec()
 	token.Credentials = &Credentials{RegistryToken: testToken}
+	pair := testSpec()
+	pair.Credentials = &Credentials{AccessKeyID: testKeyID, AccessKeySecret: testKeySecret}
 	key := Key([]byte(strings.Repeat("K", 32)))
 	type wrapped struct {
 		C Credentials
@@ -169,7 +176,7 @@ func TestSecretsAreHidden(t *testing.T) {
 		K Key
 		S Spec
 	}
-	for _, s := range []*Spec{auth, token} {
+	for _, s := range []*Spec{auth, token, pair} {
 		c := *s.Credentials
 		w := wrapped{c, &c, key, *s}
 		for _, v := range []any{s, *s, c, &c, &w, w, key, &key, []Credentials{c}, map[string]Credentials{"c": c}, []any{s}, []Key{key}} {
@@ -203,7 +210,7 @@ func hidesAll(t *testing.T, what, text string) {
 	lower := strings.ToLower(text)
 	for _, s := range []string{
 		"KKKK", "75 75 75", "75,75,75", "0x4b, 0x4b", "4b4b4b4b", "U+004B U+004B", "S0tLS0tLS0t",
-		fmt.Sprintf("%x", testAuth), fmt.Sprintf("%x", testToken),
+		fmt.Sprintf("%x", testAuth), fmt.Sprintf("%x", testToken), fmt.Sprintf("%x", testKeyID), fmt.Sprintf("%x", testKeySecret),
 	} {
 		if strings.Contains(lower, strings.ToLower(s)) {
 			t.Errorf("%s shows %q: %.200s", what, s, text)

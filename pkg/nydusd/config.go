@@ -1,126 +1,46 @@
 package nydusd
 
 import (
-	"cmp"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/url"
-	"path/filepath"
+	"slices"
 	"strings"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 )
 
-// The backends that Config can describe.
-const (
-	BackendRegistry = "registry"
-	BackendLocalFS  = "localfs"
-)
-
-// Backend is where nydusd fetches blobs.
-type Backend struct {
-	// Type is BackendRegistry or BackendLocalFS.
-	Type string
-	// Scheme is "http" or "https", Host the registry with its port, Repository
-	// the path without tag or digest. For BackendRegistry.
-	Scheme, Host, Repository string
-	// SkipVerify accepts any certificate. For BackendRegistry.
-	SkipVerify bool
-	// Retries is how often a request is made again that failed; 0 for the default.
-	// For BackendRegistry.
-	Retries int
-	// Dir holds one file per blob, named by its id. For BackendLocalFS.
-	Dir string
-}
-
-// Config is what we set in nydusd's configuration; the rest is nydusd's.
-type Config struct {
-	Backend Backend
-	// CacheDir receives the blobs.
-	CacheDir string
-}
-
-// The shape of nydusd's configuration, first version: what 2.2 and 2.4 read
-// alike and what Kata hands on.
-type document struct {
-	Device         device `json:"device"`
-	Mode           string `json:"mode"`
-	DigestValidate bool   `json:"digest_validate"` // RAFS v6 refuses true
-	IOStatsFiles   bool   `json:"iostats_files"`
-	EnableXattr    bool   `json:"enable_xattr"`
-}
-
-type device struct {
-	Backend struct {
-		Type   string `json:"type"`
-		Config any    `json:"config"`
-	} `json:"backend"`
-	Cache struct {
-		Type   string `json:"type"`
-		Config struct {
-			WorkDir string `json:"work_dir"`
-		} `json:"config"`
-	} `json:"cache"`
-}
-
-type registryBackend struct {
-	Scheme         string `json:"scheme"`
-	Host           string `json:"host"`
-	Repo           string `json:"repo"`
-	SkipVerify     bool   `json:"skip_verify,omitempty"`
-	ConnectTimeout int    `json:"connect_timeout"` // seconds
-	Timeout        int    `json:"timeout"`         // seconds, for a whole request
-	RetryLimit     int    `json:"retry_limit"`
-}
-
-// How nydusd treats a slow registry. A request is one range of a few MiB.
-const (
-	connectTimeout = 5
-	requestTimeout = 30
-	retryLimit     = 2
-)
-
-// JSON renders the configuration, without credentials.
-func (c Config) JSON() (string, error) {
-	d := document{Mode: "direct", EnableXattr: true}
-	d.Device.Cache.Type = "blobcache"
-	d.Device.Cache.Config.WorkDir = c.CacheDir
-	b := c.Backend
-	d.Device.Backend.Type = b.Type
-	switch b.Type {
-	case BackendRegistry:
-		if b.Host == "" || b.Repository == "" || (b.Scheme != "http" && b.Scheme != "https") {
-			return "", fmt.Errorf("nydusd configuration: registry backend needs scheme (http or https), host and repository, got %q, %q, %q", b.Scheme, b.Host, b.Repository)
-		}
-		d.Device.Backend.Config = registryBackend{
-			Scheme: b.Scheme, Host: b.Host, Repo: b.Repository, SkipVerify: b.SkipVerify,
-			ConnectTimeout: connectTimeout, Timeout: requestTimeout, RetryLimit: cmp.Or(b.Retries, retryLimit),
-		}
-	case BackendLocalFS:
-		if !filepath.IsAbs(b.Dir) {
-			return "", fmt.Errorf("nydusd configuration: localfs backend needs an absolute directory, got %q", b.Dir)
-		}
-		d.Device.Backend.Config = map[string]string{"dir": b.Dir}
-	default:
-		return "", fmt.Errorf("nydusd configuration: unknown backend type %q", b.Type)
-	}
-	text, err := json.Marshal(d)
-	return string(text), err
-}
-
-// AddCredentials returns the configuration text with credentials in its
-// backend; one of auth (base64 of user:password) and registryToken is empty.
-// What it returns is a secret.
-func AddCredentials(config, auth, registryToken string) (string, error) {
+// AddCredentials returns the configuration text with credentials in its backend,
+// which has to be one that takes such: nydusd would ignore others silently. What it
+// returns is a secret.
+func AddCredentials(config string, c mountspec.Credentials) (string, error) {
 	return edit(config, func(d parsed) error {
-		if auth != "" {
-			d.backend["auth"] = auth
-		}
-		if registryToken != "" {
-			d.backend["registry_token"] = registryToken
+		for _, s := range []struct{ name, value string }{
+			{"auth", c.Auth}, {"registry_token", c.RegistryToken}, {"access_key_id", c.AccessKeyID}, {"access_key_secret", c.AccessKeySecret},
+		} {
+			if s.value == "" {
+				continue
+			}
+			if !slices.Contains(secretsOf(d.kind), s.name) {
+				return fmt.Errorf("a backend of type %q takes no %s", d.kind, s.name)
+			}
+			d.backend[s.name] = s.value
 		}
 		return nil
 	})
+}
+
+// secretsOf lists the secrets that a type of backend takes.
+func secretsOf(kind string) []string {
+	switch kind {
+	case BackendRegistry:
+		return []string{"auth", "registry_token"}
+	case BackendOSS, BackendS3:
+		return []string{"access_key_id", "access_key_secret"}
+	}
+	return nil
 }
 
 // SetCacheDir returns the configuration text with another cache directory. One
@@ -161,8 +81,8 @@ func places() map[string][]string {
 	return map[string][]string{
 		BackendLocalFS: {"dir", "blob_file"},
 		"localdisk":    {"device_path"},
-		"oss":          {"endpoint", "bucket_name", "object_prefix"},
-		"s3":           {"endpoint", "region", "bucket_name", "object_prefix"},
+		BackendOSS:     {"endpoint", "bucket_name", "object_prefix"},
+		BackendS3:      {"endpoint", "region", "bucket_name", "object_prefix"},
 		"http-proxy":   {"addr", "path"},
 	}
 }
@@ -232,6 +152,9 @@ func Secrets(config string) []string {
 				continue
 			}
 			all = append(all, value)
+			if name == "access_key_secret" {
+				all = append(all, url.QueryEscape(value), url.PathEscape(value))
+			}
 			if _, password, ok := strings.Cut(decode(value), ":"); ok && name == "auth" {
 				all = append(all, password, url.QueryEscape(password), url.PathEscape(password))
 			}
@@ -247,9 +170,7 @@ func decode(text string) string {
 }
 
 // secrets are the settings of backends that let somebody in.
-func secrets() []string {
-	return []string{"auth", "registry_token", "access_key_id", "access_key_secret"}
-}
+func secrets() []string { return append(secretsOf(BackendRegistry), secretsOf(BackendS3)...) }
 
 // parsed gives access to the two parts of a configuration that we touch.
 type parsed struct {
@@ -269,18 +190,22 @@ func edit(config string, change func(parsed) error) (string, error) {
 		return "", errors.New("nydusd configuration is not a JSON object")
 	}
 	var p parsed
-	if device := object(tree, "device"); device != nil {
+	top := tree
+	if entry := object(tree, "config_v2"); entry != nil {
+		top = entry // of fscache
+	}
+	if device := object(top, "device"); device != nil {
 		backend := object(device, "backend")
 		p.kind, _ = backend["type"].(string)
 		p.backend = object(backend, "config")
 		p.named = device
 		p.findCache(device, "blobcache", "config")
 	} else {
-		backend := object(tree, "backend")
+		backend := object(top, "backend")
 		p.kind, _ = backend["type"].(string)
 		p.backend = object(backend, p.kind)
-		p.named = tree
-		p.findCache(tree, "filecache", "filecache")
+		p.named = top
+		p.findCache(top, "filecache", "filecache")
 	}
 	if p.kind == "" || p.backend == nil {
 		return "", errors.New("nydusd configuration names no backend (device.backend.type and .config, or backend.type and its table)")

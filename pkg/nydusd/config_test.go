@@ -3,11 +3,14 @@ package nydusd
 import (
 	"encoding/json"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 )
 
-func TestConfigJSON(t *testing.T) {
+func TestFuseDev(t *testing.T) {
 	for _, c := range []struct {
 		name   string
 		config Config
@@ -22,8 +25,17 @@ func TestConfigJSON(t *testing.T) {
 		{"localfs", Config{Backend: Backend{Type: BackendLocalFS, Dir: "/blobs"}, CacheDir: "/c"},
 			`{"device":{"backend":{"type":"localfs","config":{"dir":"/blobs"}},` +
 				`"cache":{"type":"blobcache","config":{"work_dir":"/c"}}},"mode":"direct","digest_validate":false,"iostats_files":false,"enable_xattr":true}`},
+		{"s3", Config{Backend: Backend{Type: BackendS3, Scheme: "https", SkipVerify: true, Bucket: Bucket{"s3.test:9000", "eu-1", "b", "p/"}}, CacheDir: "/c"},
+			`{"device":{"backend":{"type":"s3","config":{"scheme":"https","endpoint":"s3.test:9000","region":"eu-1","bucket_name":"b","object_prefix":"p/","skip_verify":true,"connect_timeout":5,"timeout":30,"retry_limit":2}},` +
+				`"cache":{"type":"blobcache","config":{"work_dir":"/c"}}},"mode":"direct","digest_validate":false,"iostats_files":false,"enable_xattr":true}`},
+		{"s3 of AWS", Config{Backend: Backend{Type: BackendS3, Scheme: "https", Bucket: Bucket{Region: "eu-1", Name: "b"}}, CacheDir: "/c"},
+			`{"device":{"backend":{"type":"s3","config":{"scheme":"https","endpoint":"","region":"eu-1","bucket_name":"b","connect_timeout":5,"timeout":30,"retry_limit":2}},` +
+				`"cache":{"type":"blobcache","config":{"work_dir":"/c"}}},"mode":"direct","digest_validate":false,"iostats_files":false,"enable_xattr":true}`},
+		{"oss", Config{Backend: Backend{Type: BackendOSS, Scheme: "http", Bucket: Bucket{Endpoint: "oss.test", Name: "b"}}, CacheDir: "/c"},
+			`{"device":{"backend":{"type":"oss","config":{"scheme":"http","endpoint":"oss.test","bucket_name":"b","connect_timeout":5,"timeout":30,"retry_limit":2}},` +
+				`"cache":{"type":"blobcache","config":{"work_dir":"/c"}}},"mode":"direct","digest_validate":false,"iostats_files":false,"enable_xattr":true}`},
 	} {
-		got, err := c.config.JSON()
+		got, err := c.config.FuseDev()
 		if err != nil || got != c.want {
 			t.Errorf("%s: %v\n got %s\nwant %s", c.name, err, got, c.want)
 		}
@@ -41,9 +53,14 @@ func TestConfigRefuses(t *testing.T) {
 		"no repository":  {Backend{Type: BackendRegistry, Scheme: "https", Host: "h"}, "needs scheme"},
 		"other scheme":   {Backend{Type: BackendRegistry, Scheme: "ftp", Host: "h", Repository: "r"}, "http or https"},
 		"no directory":   {Backend{Type: BackendLocalFS}, "absolute directory"},
+		"no region":      {Backend{Type: BackendS3, Scheme: "https", Bucket: Bucket{Endpoint: "e", Name: "b"}}, "s3 backend needs"},
+		"no bucket":      {Backend{Type: BackendS3, Scheme: "https", Bucket: Bucket{Region: "r"}}, "s3 backend needs"},
+		"no scheme":      {Backend{Type: BackendOSS, Bucket: Bucket{Endpoint: "e", Name: "b"}}, "oss backend needs"},
+		"no endpoint":    {Backend{Type: BackendOSS, Scheme: "https", Bucket: Bucket{Name: "b"}}, "oss backend needs"},
+		"oss in regions": {Backend{Type: BackendOSS, Scheme: "https", Bucket: Bucket{Endpoint: "e", Name: "b", Region: "r"}}, "oss backend needs"},
 		"relative there": {Backend{Type: BackendLocalFS, Dir: "blobs"}, `absolute directory, got "blobs"`},
 	} {
-		if text, err := (Config{Backend: c.backend}).JSON(); err == nil || !strings.Contains(err.Error(), c.want) || text != "" {
+		if text, err := (Config{Backend: c.backend}).FuseDev(); err == nil || !strings.Contains(err.Error(), c.want) || text != "" {
 			t.Errorf("%s: %q, %v; want an error that says %s", name, text, err, c.want)
 		}
 	}
@@ -67,13 +84,123 @@ func TestAddCredentials(t *testing.T) {
 		registryV1: `{"device":{"backend":{"type":"registry","config":{"host":"h","repo":"r","future":{"a":[1]},"auth":"A","registry_token":"T"}},"cache":{"type":"blobcache","config":{"work_dir":"/c"}}},"mode":"direct","future":1.5}`,
 		registryV2: `{"version":2,"backend":{"type":"registry","registry":{"host":"h","repo":"r","auth":"A","registry_token":"T"}},"cache":{"type":"filecache","filecache":{"work_dir":"/c"}},"rafs":{"mode":"direct"}}`,
 	} {
-		got, err := AddCredentials(in, "A", "T")
+		got, err := AddCredentials(in, mountspec.Credentials{Auth: "A", RegistryToken: "T"})
 		if err != nil || !reflect.DeepEqual(tree(t, got), tree(t, want)) {
 			t.Errorf("%v\n got %s\nwant %s", err, got, want)
 		}
 	}
-	if got, err := AddCredentials(registryV1, "A", ""); err != nil || strings.Contains(got, "registry_token") {
+	if got, err := AddCredentials(registryV1, mountspec.Credentials{Auth: "A"}); err != nil || strings.Contains(got, "registry_token") {
 		t.Errorf("without a token: %v: %s", err, got)
+	}
+}
+
+// nydusd ignores credentials of the wrong kind, and would ask without any.
+func TestAddCredentialsOfItsKind(t *testing.T) {
+	key := mountspec.Credentials{AccessKeyID: "canary-id", AccessKeySecret: "canary-secret"}
+	login := mountspec.Credentials{Auth: "canary-auth"}
+	for _, c := range []struct {
+		backend     Backend
+		credentials mountspec.Credentials
+		want        string // how it is refused
+	}{
+		{Backend{Type: BackendS3, Scheme: "https", Bucket: Bucket{Region: "r", Name: "b"}}, key, ""},
+		{Backend{Type: BackendOSS, Scheme: "https", Bucket: Bucket{Endpoint: "e", Name: "b"}}, key, ""},
+		{Backend{Type: BackendRegistry, Scheme: "https", Host: "h", Repository: "r"}, key, `a backend of type "registry" takes no access_key_id`},
+		{Backend{Type: BackendS3, Scheme: "https", Bucket: Bucket{Region: "r", Name: "b"}}, login, `a backend of type "s3" takes no auth`},
+		{Backend{Type: BackendLocalFS, Dir: "/d"}, login, `a backend of type "localfs" takes no auth`},
+	} {
+		config := Config{Backend: c.backend, CacheDir: "/c"}
+		first, err1 := config.FuseDev()
+		second, err2 := config.FSCache(FSCacheImage{"i", "d", "/b"})
+		if err1 != nil || err2 != nil {
+			t.Fatal(err1, err2)
+		}
+		for _, text := range []string{first, second} {
+			got, err := AddCredentials(text, c.credentials)
+			if c.want != "" {
+				if err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "canary") {
+					t.Errorf("%s: %v, want %s", text, err, c.want)
+				}
+				continue
+			}
+			if err != nil || !strings.Contains(got, `"access_key_id":"canary-id","access_key_secret":"canary-secret"`) {
+				t.Errorf("%s: %v, got %s", text, err, got)
+			}
+			if o, err := OriginOf(got); err != nil || !o.Secret {
+				t.Errorf("%s: %+v, %v", got, o, err)
+			}
+		}
+	}
+}
+
+func TestSecretsOfABucket(t *testing.T) {
+	got := Secrets(`{"device":{"backend":{"type":"s3","config":{"access_key_id":"AKID","access_key_secret":"a/b+c=="}}}}`)
+	for _, want := range []string{"AKID", "a/b+c==", "a%2Fb%2Bc%3D%3D"} {
+		if !slices.Contains(got, want) {
+			t.Errorf("%q lacks %s", got, want)
+		}
+	}
+}
+
+// What an operator tunes is in both writers' texts, each in its names, and nothing else
+// changes. What is fixed, or for another type of backend, is not touched.
+func TestTuning(t *testing.T) {
+	n := func(i int) *int { return &i }
+	yes, no := true, false
+	s3 := Config{Backend: Backend{Type: BackendS3, Scheme: "https", Bucket: Bucket{"e", "r", "b", ""}}, CacheDir: "/c", Tuning: Tuning{
+		Transfer:    Transfer{Only: BackendS3, ConnectTimeout: n(1), Timeout: n(2), Retries: n(0), Proxy: &Proxy{URL: "http://p", PingURL: "http://p/x", Fallback: &no, CheckInterval: n(3), UseHTTP: true}, BlobURLScheme: "http"},
+		Prefetch:    &Prefetch{Enable: true, Threads: n(4), BatchSize: n(5), Bandwidth: n(6), All: &yes},
+		EnableXattr: &no, IOStatsFiles: true, AccessPattern: true, LatestReadFiles: true, AmplifyIO: n(7),
+	}}
+	const settings = `{"scheme":"https","endpoint":"e","region":"r","bucket_name":"b","connect_timeout":1,"timeout":2,"retry_limit":0,` +
+		`"proxy":{"url":"http://p","ping_url":"http://p/x","fallback":false,"check_interval":3,"use_http":true}}`
+	first := `{"device":{"backend":{"type":"s3","config":` + settings + `},"cache":{"type":"blobcache","config":{"work_dir":"/c"}}},"mode":"direct","digest_validate":false,` +
+		`"iostats_files":true,"enable_xattr":false,"access_pattern":true,"latest_read_files":true,"amplify_io":7,` +
+		`"fs_prefetch":{"enable":true,"threads_count":4,"merging_size":5,"bandwidth_rate":6,"prefetch_all":true}}`
+	if got, err := s3.FuseDev(); err != nil || got != first {
+		t.Errorf("%v\n got %s\nwant %s", err, got, first)
+	}
+	second := `{"type":"bootstrap","id":"img","domain_id":"dom","config_v2":{"version":2,"id":"img","backend":{"s3":` + settings + `,"type":"s3"},` +
+		`"cache":{"type":"fscache","prefetch":{"enable":true,"threads":4,"batch_size":5,"bandwidth_limit":6,"prefetch_all":true},"fscache":{"work_dir":"/c"}},"metadata_path":"/b"}}`
+	if got, err := s3.FSCache(FSCacheImage{"img", "dom", "/b"}); err != nil || got != second {
+		t.Errorf("%v\n got %s\nwant %s", err, got, second)
+	}
+	plain := `"connect_timeout":5,"timeout":30,"retry_limit":2}`
+	for name, change := range map[string]func(*Config){
+		"fixed":         func(c *Config) { c.Backend.Fixed = true },
+		"of a registry": func(c *Config) { c.Tuning.Transfer.Only = BackendRegistry },
+	} {
+		c := s3
+		change(&c)
+		if got, err := c.FuseDev(); err != nil || !strings.Contains(got, plain) || !strings.Contains(got, `"amplify_io":7`) {
+			t.Errorf("%s: %v: %s", name, err, got)
+		}
+	}
+	reg := Config{Backend: Backend{Type: BackendRegistry, Scheme: "https", Host: "h", Repository: "r"}, CacheDir: "/c",
+		Tuning: Tuning{Transfer: Transfer{BlobURLScheme: "http", BlobRedirectedHost: "x"}}}
+	if got, err := reg.FuseDev(); err != nil || !strings.Contains(got, `"retry_limit":2,"blob_url_scheme":"http","blob_redirected_host":"x"}`) {
+		t.Errorf("%v: %s", err, got)
+	}
+}
+
+func TestFSCache(t *testing.T) {
+	dir := Config{Backend: Backend{Type: BackendLocalFS, Dir: "/d"}, CacheDir: "/c"}
+	want := `{"type":"bootstrap","id":"i","domain_id":"d","config_v2":{"version":2,"id":"i","backend":{"localfs":{"dir":"/d"},"type":"localfs"},` +
+		`"cache":{"type":"fscache","fscache":{"work_dir":"/c"}},"metadata_path":"/b"}}`
+	if got, err := dir.FSCache(FSCacheImage{"i", "d", "/b"}); err != nil || got != want {
+		t.Errorf("%v\n got %s\nwant %s", err, got, want)
+	}
+	for _, i := range []FSCacheImage{{"", "d", "/b"}, {"i", "", "/b"}, {"i", "d", "b"}, {}} {
+		if text, err := dir.FSCache(i); err == nil || text != "" {
+			t.Errorf("%+v: %s", i, text)
+		}
+	}
+	if text, err := (Config{CacheDir: "/c"}).FSCache(FSCacheImage{"i", "d", "/b"}); err == nil || text != "" {
+		t.Errorf("no backend: %s", text)
+	}
+	dir.CacheDir = "c"
+	if text, err := dir.FSCache(FSCacheImage{"i", "d", "/b"}); err == nil || text != "" {
+		t.Errorf("relative cache: %s", text)
 	}
 }
 
@@ -174,7 +301,7 @@ func TestBadConfigurationsKeepTheirSecrets(t *testing.T) {
 		}
 	}
 	for _, in := range []string{"", "canary", `{"device":{"auth":"canary"}}`} {
-		_, err := AddCredentials(in, "secret-canary", "")
+		_, err := AddCredentials(in, mountspec.Credentials{Auth: "secret-canary"})
 		if err == nil || strings.Contains(err.Error(), "canary") {
 			t.Errorf("AddCredentials(%s): %v", in, err)
 		}

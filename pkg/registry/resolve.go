@@ -18,9 +18,6 @@ type Backend struct {
 	// it may be from beside those of the machine; empty for none.
 	SkipVerify bool
 	CAFile     string
-	// Dir, when set, is a directory with one file per blob, named by the
-	// digest's hex; everything else is empty then.
-	Dir string
 }
 
 // dockerHost serves the images that references place at docker.io.
@@ -56,18 +53,6 @@ func (h Hosts) Resolve(ref string) (Backend, error) {
 	}
 	b.SkipVerify = slices.Contains(h.SkipVerify, domain) || slices.Contains(h.SkipVerify, b.Host)
 	return b, nil
-}
-
-// Directory resolves images to blobs that lie in a directory of this machine,
-// whatever the image is called.
-type Directory string
-
-// Resolve fails only for a text that is no image reference.
-func (d Directory) Resolve(ref string) (Backend, error) {
-	if _, err := parse(ref); err != nil {
-		return Backend{}, err
-	}
-	return Backend{Dir: string(d)}, nil
 }
 
 // parse reads a reference as docker does: a name without a host is docker.io's.

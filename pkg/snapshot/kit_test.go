@@ -73,7 +73,13 @@ func testDaemon() mountspec.Daemon {
 	return mountspec.Daemon{Path: "/usr/bin/nydusd", LogLevel: "debug", Threads: 3, OOMScoreAdj: -5, CgroupParent: "/nydus"}
 }
 
-func (f *fixture) Backend(_ context.Context, ref string) (Backend, error) {
+func (f *fixture) Backend(_ context.Context, ref, wanted string) (Backend, error) {
+	if wanted != "" {
+		if wanted == "forbidden" {
+			return Backend{}, fmt.Errorf("image %q may not ask for %q", ref, wanted)
+		}
+		return Backend{Repository: wanted, Config: func(cache string) (string, error) { return fmt.Sprintf(`{"wanted":%q}`, wanted), nil }}, nil
+	}
 	host, rest, ok := strings.Cut(ref, "/")
 	if !ok {
 		return Backend{}, fmt.Errorf("read image reference %q: no host", ref)

@@ -22,6 +22,11 @@ const (
 	labelParent = "containerd.io/snapshot/parent-chain-id"
 )
 
+// LabelBackend asks for one of the configured backends by its name: an annotation of
+// the bootstrap layer's descriptor, and of the data layers' for a fault to show before
+// they are pulled.
+const LabelBackend = "containerd.io/snapshot/nydus-backend"
+
 // unpackKey is the last element of a key under which containerd unpacks a
 // layer: snapshots.UnpackKeyFormat, with the chain ID in parentheses here. The
 // elements before are the namespace and a number, of containerd's metadata

@@ -133,7 +133,7 @@ func (s *Snapshotter) sealed(spec *mountspec.Spec) ([]mount.Mount, error) {
 // spec describes the whole root filesystem of a snapshot.
 func (s *Snapshotter) spec(ctx context.Context, id string, im *image) (*mountspec.Spec, error) {
 	r := im.record
-	backend, err := s.o.Backends.Backend(ctx, r.Image)
+	backend, err := s.o.Backends.Backend(ctx, r.Image, r.Backend)
 	if err != nil {
 		return nil, err
 	}

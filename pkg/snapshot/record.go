@@ -31,6 +31,8 @@ type record struct {
 	Version int    `json:"version"`
 	Kind    string `json:"kind"`
 	Image   string `json:"image"`
+	// Backend is the one that the layer's labels ask for.
+	Backend string `json:"backend,omitempty"`
 
 	// Path is the bootstrap's within the layer, Digest that of its content.
 	Path      string   `json:"path,omitempty"`

@@ -577,6 +577,37 @@ func TestDirectoryBackend(t *testing.T) {
 	}
 }
 
+// What the image's own layer asks for counts, and survives a restart. What a container's
+// labels say, which a pod can set, does not.
+func TestImageAsksForABackend(t *testing.T) {
+	n := newNode(t)
+	asks, plain := n.bootstrap("v6-merged"), n.bootstrap("v6-zstd")
+	asks.labels[LabelBackend] = "/wanted"
+	chain, other := n.pull(n.data(), asks), n.pull(n.data(), plain)
+	mounts, key := n.container(chain)
+	if s := n.decode(mounts[0]); s.Repository != "/wanted" || !strings.Contains(s.Config, "wanted") {
+		t.Fatalf("got %+v", s)
+	}
+	mounts, err := n.top.Prepare(n.ctx, "pod", other, snapshots.WithLabels(map[string]string{LabelBackend: "/wanted"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := n.decode(mounts[0]); s.Host != "registry.example" {
+		t.Errorf("a container's label chose %+v", s)
+	}
+	mounts, err = n.top.Mounts(n.ctx, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := n.decode(mounts[0]); s.Repository != "/wanted" {
+		t.Errorf("later: got %+v", s)
+	}
+	asks.labels[LabelBackend] = "forbidden"
+	if _, err := n.tryPull(n.ctx, n.data(), asks); err == nil || !strings.Contains(err.Error(), testImage) || !strings.Contains(err.Error(), "forbidden") {
+		t.Errorf("an image that asks for what it must not have: %v", err)
+	}
+}
+
 func TestBadImageReference(t *testing.T) {
 	n := newNode(t)
 	l := n.bootstrap("v6-merged")

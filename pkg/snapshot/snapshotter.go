@@ -23,8 +23,7 @@ import (
 
 // Backend is where the blobs of an image are.
 type Backend struct {
-	// Host and Repository are as in mountspec.Spec: Host is empty when blobs
-	// are in a directory, which needs no credentials.
+	// Host and Repository are as in mountspec.Spec.
 	Host, Repository string
 	// CAFile is as in mountspec.Daemon.
 	CAFile string
@@ -37,8 +36,9 @@ type Backend struct {
 
 // Backends finds an image's backend.
 type Backends interface {
-	// Backend takes an image reference.
-	Backend(ctx context.Context, ref string) (Backend, error)
+	// Backend takes an image reference and the name of the backend that the image's
+	// labels ask for, which is empty when they do not.
+	Backend(ctx context.Context, ref, wanted string) (Backend, error)
 }
 
 // Sealer writes the option that carries a mount's description.
@@ -157,7 +157,7 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	}
 	if kind == layerData || kind == layerBootstrap {
 		// What cannot be mounted is not to be pulled.
-		if _, err := s.o.Backends.Backend(ctx, labels[labelImage]); err != nil {
+		if _, err := s.o.Backends.Backend(ctx, labels[labelImage], labels[LabelBackend]); err != nil {
 			return nil, fmt.Errorf("prepare nydus layer %s: %w: %w", key, err, errdefs.ErrInvalidArgument)
 		}
 	}
@@ -287,7 +287,7 @@ func (s *Snapshotter) admit(ctx context.Context, id, key string, info snapshots.
 	if err != nil {
 		return fmt.Errorf("commit nydus bootstrap layer %s%s: the image is refused: %w", key, ofImage(info.Labels[labelImage]), err)
 	}
-	r.Image = info.Labels[labelImage]
+	r.Image, r.Backend = info.Labels[labelImage], info.Labels[LabelBackend]
 	return writeRecord(s.dir(id), r)
 }
 

@@ -35,8 +35,10 @@ type part struct {
 }
 
 // labelled is the part with one annotation more.
-func (p part) labelled(name string) part {
-	annotations := map[string]string{name: "true"}
+func (p part) labelled(name string) part { return p.annotated(name, "true") }
+
+func (p part) annotated(name, value string) part {
+	annotations := map[string]string{name: value}
 	for k, v := range p.blob.Desc.Annotations {
 		annotations[k] = v
 	}

@@ -248,13 +248,15 @@ func TestLocalFS(t *testing.T) {
 		t.Run(style, func(t *testing.T) {
 			r := kit.NewRegistry(t, kit.RegistryOptions{})
 			dir := filepath.Join(t.TempDir(), "blobs")
-			n := newNode(t, kit.NodeConfig{Style: style, Config: map[string]any{"remote.backend": "localfs", "remote.localfs_dir": dir}})
+			n := newNode(t, kit.NodeConfig{Style: style, Config: map[string]any{"backend": []map[string]any{
+				{"name": "files", "type": "localfs", "match": map[string]any{"host": "*", "repository": "good"}, "dir": dir},
+			}}})
 			good := nydusImage(t, "good")
 			ref := r.MustPush(t, good, "good:1")
 			img := mustPull(t, n, ref, kit.PullOptions{})
 			leaks := kit.Leaks(t)
 			_, err := n.Run(t.Context(), img, "none", kit.RunOptions{})
-			refused(t, "container", err, ref, "find the image's blobs", dir, "no such file or directory", "localfs_dir")
+			refused(t, "container", err, ref, "find the image's blobs", dir, "no such file or directory", "[[backend]]")
 			clean(t, "container", leaks)
 			if err := os.Mkdir(dir, 0o755); err != nil {
 				t.Fatal(err)

@@ -65,11 +65,11 @@ start_timeout = "soon"
 style = "managed"
 credentials = "plain"
 [remote]
-backend = "localfs"
+gateway = "sometimes"
 plain_http = ["https://registry.example"]
 `, 0o644)
 	want := []string{file, "root", "relative", "address", "colour", "log-level", "did you mean log_level", "threads", "start_timeout", "soon",
-		"mount.credentials", "localfs_dir", "plain_http", "line 2", "line 3", "line 4", "line 6", "line 7", "line 8"}
+		"mount.credentials", "remote.gateway", "plain_http", "line 2", "line 3", "line 4", "line 6", "line 7", "line 8"}
 	for _, args := range [][]string{{"serve", "--config", file}, {"config", "check", file}} {
 		fails(t, strings.Join(args, " "), nil, want, args...)
 	}

@@ -351,7 +351,7 @@ func (e *env) spec(f *fixture) *mountspec.Spec {
 			OOMScoreAdj: oomScore, CgroupParent: cgroupParent(), Mode: e.mode,
 		},
 	}
-	config, err := nydusd.Config{Backend: nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: f.blobs}, CacheDir: s.CacheDir}.JSON()
+	config, err := nydusd.Config{Backend: nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: f.blobs}, CacheDir: s.CacheDir}.FuseDev()
 	must(e.t, err)
 	s.Config = config
 	if f.version != "" {

@@ -31,7 +31,7 @@ func (e *env) direct(f *fixture) string {
 	dir := e.t.TempDir()
 	boot, config := filepath.Join(dir, "image.boot"), filepath.Join(dir, "nydusd.json")
 	must(e.t, os.WriteFile(boot, f.boot, 0o644))
-	text, err := nydusd.Config{Backend: nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: f.blobs}}.JSON()
+	text, err := nydusd.Config{Backend: nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: f.blobs}}.FuseDev()
 	must(e.t, err)
 	must(e.t, os.WriteFile(config, []byte(text), 0o600))
 	return "bootstrap=" + boot + ",config=" + config + ",root=" + e.root
@@ -209,7 +209,7 @@ func TestMount8FromARegistry(t *testing.T) {
 	dir := t.TempDir()
 	boot, file := filepath.Join(dir, "image.boot"), filepath.Join(dir, "nydusd.json")
 	must(t, os.WriteFile(boot, img.boot, 0o644))
-	config, err := nydusd.AddCredentials(e.registrySpec(img, reg, "team/app").Config, basic(user, password), "")
+	config, err := nydusd.AddCredentials(e.registrySpec(img, reg, "team/app").Config, mountspec.Credentials{Auth: basic(user, password)})
 	must(t, err)
 	must(t, os.WriteFile(file, []byte(config), 0o600))
 	target := e.target()

@@ -431,7 +431,7 @@ func TestStartsAreBounded(t *testing.T) {
 		s := e.spec(img)
 		s.Daemon.Path, s.Host = path, fmt.Sprintf("host-%d", n)
 		s.CacheDir = mountspec.CacheDir(e.root, s.Host, s.Repository)
-		s.Config, err = nydusd.Config{Backend: nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: img.blobs}, CacheDir: s.CacheDir}.JSON()
+		s.Config, err = nydusd.Config{Backend: nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: img.blobs}, CacheDir: s.CacheDir}.FuseDev()
 		must(t, err)
 		s.Instance = mountspec.InstanceKey(s.BootstrapDigest, s.Host, s.Repository, s.CacheDir)
 		targets = append(targets, e.mustMount(s))

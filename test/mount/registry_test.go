@@ -22,7 +22,7 @@ func (e *env) registrySpec(f *fixture, reg *kit.Registry, repository string) *mo
 	config, err := nydusd.Config{
 		Backend:  nydusd.Backend{Type: nydusd.BackendRegistry, Scheme: "http", Host: reg.Host, Repository: repository},
 		CacheDir: s.CacheDir,
-	}.JSON()
+	}.FuseDev()
 	must(e.t, err)
 	s.Config = config
 	return s

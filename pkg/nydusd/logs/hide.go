@@ -16,11 +16,11 @@ const minSecret = 6
 
 // Hider removes credentials from text: those it is given wherever they stand, and
 // what looks like one: a URL's user and query (a token server's password, a signed
-// request), a basic or bearer authorization, the value of a setting that is named
+// request), a basic or bearer authorization, a signed one, the value of a setting that is named
 // like a secret. It errs on the side of hiding.
 type Hider struct {
-	known               []string
-	url, scheme, assign *regexp.Regexp
+	known                    []string
+	url, scheme, assign, oss *regexp.Regexp
 }
 
 // NewHider returns a Hider that knows these secrets.
@@ -30,6 +30,8 @@ func NewHider(known ...string) *Hider {
 		scheme: regexp.MustCompile(`(?i)\b(basic|bearer)\s+([A-Za-z0-9+/=._~-]{4,})`),
 		assign: regexp.MustCompile(`(?i)((?:\b[a-z0-9_-]*(?:password|passwd|secret|token|signature|credentials?|access_key_id)|\b(?:registry_|proxy-)?auth(?:orization)?)\\*["']?\s*[=:]\s*(?:Some\()?)` +
 			`(\\*"[^"]*"?|'[^']*'?|[^\s,;&"')}\]]+)`),
+		// An access key's id and a signature: of HMAC-SHA1, in base64.
+		oss: regexp.MustCompile(`\b(OSS )[A-Za-z0-9._-]+:[A-Za-z0-9+/]{27}=`),
 	}
 	h.Know(known...)
 	return h
@@ -56,6 +58,7 @@ func (h *Hider) Hide(text string) string {
 		text = h.url.ReplaceAllStringFunc(text, h.hideURL)
 	}
 	text = h.scheme.ReplaceAllStringFunc(text, h.hideScheme)
+	text = h.oss.ReplaceAllString(text, "${1}"+hidden)
 	return h.assign.ReplaceAllStringFunc(text, h.hideAssign)
 }
 

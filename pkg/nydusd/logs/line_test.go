@@ -57,7 +57,15 @@ func TestHide(t *testing.T) {
 		`{\"auth\":\"dXNlcjpw\"}`:                                                                                                     `{\"auth\":[hidden]}`,
 		"access_key_secret=abc, bucket":                                                                                               "access_key_secret=[hidden], bucket",
 		"X-Registry-Token: abc":                                                                                                       "X-Registry-Token: [hidden]",
+		// Buckets.
+		"AWS4-HMAC-SHA256 Credential=AKID/20260101/eu-1/s3/aws4_request, SignedHeaders=host;x-amz-date, Signature=0a1b": "AWS4-HMAC-SHA256 Credential=[hidden], SignedHeaders=host;x-amz-date, Signature=[hidden]",
+		"Authorization: OSS LTAI5t:26NBxoKdsyly4EDv6inkoDft/yA=":                                                        "Authorization: [hidden] [hidden]",
+		`"authorization": "OSS LTAI5t:26NBxoKdsyly4EDv6inkoDft/yA="`:                                                    `"authorization": [hidden]`,
+		"date OSS LTAI5t:26NBxoKdsyly4EDv6inkoDft/yA= sent":                                                             "date OSS [hidden] sent",
+		`S3Config { access_key_id: "AKID", access_key_secret: "a/b+c=", region: "r" }`:                                  `S3Config { access_key_id: [hidden], access_key_secret: [hidden], region: "r" }`,
+		"<Code>InvalidAccessKeyId</Code><AWSAccessKeyId>cccccc</AWSAccessKeyId>":                                        "<Code>InvalidAccessKeyId</Code><AWSAccessKeyId>[hidden]</AWSAccessKeyId>",
 		// Not secrets.
+		"OSS backend: bucket":                               "OSS backend: bucket",
 		"basic authentication failed, bearer token missing": "basic authentication failed, bearer token missing",
 		"author: somebody, short word":                      "author: somebody, short word",
 		"read from http://registry.example/v2/a/blobs/x":    "read from http://registry.example/v2/a/blobs/x",

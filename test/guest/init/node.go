@@ -118,7 +118,7 @@ func specOf(name, dir string) (*mountspec.Spec, error) {
 	}
 	s.CacheDir = mountspec.CacheDir(root, "", s.Repository)
 	s.Instance = mountspec.InstanceKey(s.BootstrapDigest, "", s.Repository, s.CacheDir)
-	s.Config, err = nydusd.Config{Backend: nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: s.Repository}, CacheDir: s.CacheDir}.JSON()
+	s.Config, err = nydusd.Config{Backend: nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: s.Repository}, CacheDir: s.CacheDir}.FuseDev()
 	return s, err
 }
 
