@@ -9,20 +9,15 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"sync"
-	"time"
 
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
-	"github.com/opencontainers/go-digest"
 	"github.com/urfave/cli/v2"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/gateway"
-	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
-	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 	"github.com/nydusfs/nydus-snapshotter/pkg/registry"
 )
 
@@ -62,10 +57,9 @@ func serveGateway(ctx context.Context, cfg config.Config) error {
 	if err != nil {
 		return err
 	}
-	server := gateway.New(gateway.Config{
-		Key: sealing, Images: &mounted{runDir: cfg.RunDir, blobs: map[string]blobs{}},
-		Source: source{registry.NewFetcher(registry.FetcherConfig{Finder: endpoints(cfg.Remote), Streams: cfg.Remote.HostStreams, Rate: int64(cfg.Remote.HostBandwidth)})}, Log: slog.Default(),
-	}).HTTP()
+	images := newMounted(cfg.RunDir, cfg.Remote.GatewayVerify, slog.Default())
+	fetcher := registry.NewFetcher(registry.FetcherConfig{Finder: endpoints(cfg.Remote), Streams: cfg.Remote.HostStreams, Rate: int64(cfg.Remote.HostBandwidth)})
+	server := gateway.New(gateway.Config{Key: sealing, Images: images, Source: source{fetcher, images}, Log: slog.Default()}).HTTP()
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(listener) }()
 	notify(ctx, daemon.SdNotifyReady)
@@ -122,105 +116,4 @@ func gatewayListener(ctx context.Context, address string) (net.Listener, error) 
 		return given[0], nil
 	}
 	return nil, fmt.Errorf("systemd has %d sockets for the gateway, want one", len(given))
-}
-
-// source lets the gateway fetch from registries.
-type source struct{ fetcher *registry.Fetcher }
-
-// Open implements gateway.Source.
-func (s source) Open(ctx context.Context, b gateway.Blob, offset, length int64) (gateway.Content, error) {
-	part, err := s.fetcher.Open(ctx, registry.Blob{Registry: b.Registry, Repository: b.Repository, Digest: b.Digest}, offset, length)
-	switch {
-	case errors.Is(err, registry.ErrRange):
-		return nil, fmt.Errorf("%w: %w", gateway.ErrRange, err)
-	case errors.Is(err, registry.ErrNoBlob):
-		return nil, fmt.Errorf("%w: %w", gateway.ErrNoBlob, err)
-	case err != nil:
-		return nil, err
-	}
-	return part, nil
-}
-
-// mounted knows which blobs the images consist of that are mounted.
-type mounted struct {
-	runDir string
-
-	mu    sync.Mutex
-	blobs map[string]blobs
-}
-
-// blobs are those of one bootstrap.
-type blobs struct {
-	bootstrap string // its digest
-	known     map[digest.Digest]bool
-	used      time.Time
-}
-
-// maxKnown bounds how many images' blobs are remembered.
-const maxKnown = 1000
-
-// Has implements gateway.Images.
-func (m *mounted) Has(key string, blob digest.Digest) (bool, error) {
-	rec, err := instance.ReadRecord(m.runDir, key)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, fmt.Errorf("%w: %w", gateway.ErrNotMounted, err)
-	}
-	if err != nil {
-		return false, err
-	}
-	m.mu.Lock()
-	b, ok := m.blobs[key]
-	m.mu.Unlock()
-	if !ok || b.bootstrap != rec.BootstrapDigest {
-		b = blobs{bootstrap: rec.BootstrapDigest}
-		if b.known, err = blobsOf(instance.BootstrapPath(rec)); err != nil {
-			return false, err
-		}
-	}
-	b.used = time.Now()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if _, ok := m.blobs[key]; !ok {
-		m.forgetOldest()
-	}
-	m.blobs[key] = b
-	return b.known[blob], nil
-}
-
-// forgetOldest makes room for one more.
-func (m *mounted) forgetOldest() {
-	for len(m.blobs) >= maxKnown {
-		oldest := ""
-		for key, b := range m.blobs {
-			if oldest == "" || b.used.Before(m.blobs[oldest].used) {
-				oldest = key
-			}
-		}
-		delete(m.blobs, oldest)
-	}
-}
-
-// blobsOf reads which blobs a bootstrap names.
-func blobsOf(path string) (map[digest.Digest]bool, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("read which blobs the image has: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("read which blobs the image has: %w", err)
-	}
-	boot, err := rafs.Open(f, info.Size())
-	if err != nil {
-		return nil, fmt.Errorf("read which blobs the image has: %s: %w", path, err)
-	}
-	known := make(map[digest.Digest]bool, len(boot.Blobs))
-	for _, b := range boot.Blobs {
-		known[digest.NewDigestFromEncoded(digest.SHA256, b.ID)] = true
-		if b.MetaID != "" {
-			known[digest.NewDigestFromEncoded(digest.SHA256, b.MetaID)] = true
-		}
-	}
-	return known, nil
 }

@@ -28,15 +28,15 @@ func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf) (sna
 		return snapshot.Options{}, err
 	}
 	o := snapshot.Options{
-		Root:     cfg.Root,
-		RunDir:   cfg.RunDir,
-		Managed:  cfg.Mount.Style == config.StyleManaged,
-		Daemon:   daemon.spec,
+		Root:    cfg.Root,
+		RunDir:  cfg.RunDir,
+		Managed: cfg.Mount.Style == config.StyleManaged,
+		Daemon:  daemon.spec,
 		Backends: backends{
 			rules: cfg.Backends, tuning: tuningOf(cfg.Daemon.ConfigTemplate), remote: cfg.Remote, endpoints: endpoints(cfg.Remote), keychain: docker(),
 			sealing: sealing, shared: cfg.Daemon.Mode == config.ModeShared,
 		},
-		Sealer:   sealer{key},
+		Sealer: sealer{key},
 	}
 	if cfg.Mount.Credentials == config.CredentialsPlain {
 		o.Plain = func(text string, c *mountspec.Credentials) (string, error) {

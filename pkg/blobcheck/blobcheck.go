@@ -1,6 +1,7 @@
 package blobcheck
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -39,8 +40,9 @@ func (e *ContentError) Unwrap() []error { return []error{ErrContent, e.Cause} }
 
 // Checker knows what a blob must contain. Any number of goroutines may use it.
 type Checker struct {
-	table *rafs.ChunkTable
-	pool  *Pool
+	table  *rafs.ChunkTable
+	pool   *Pool
+	budget *Budget
 	// meta says whether the blob's list of chunks can be compared.
 	meta bool
 }
@@ -49,8 +51,9 @@ type Checker struct {
 // million chunks.
 const maxRaw = 24 << 20
 
-// New makes a checker of the blob that table describes.
-func New(table *rafs.ChunkTable, pool *Pool) (*Checker, error) {
+// New makes a checker of the blob that table describes. Its readers hold no more of
+// chunks that have not arrived as a whole than budget allows, if that is not nil.
+func New(table *rafs.ChunkTable, pool *Pool, budget *Budget) (*Checker, error) {
 	if d := table.Blob.Digester; d != rafs.DigesterBlake3 && d != rafs.DigesterSHA256 {
 		return nil, fmt.Errorf("check blob %s: digester %s: %w", table.Blob.ID, d, errors.ErrUnsupported)
 	}
@@ -60,7 +63,7 @@ func New(table *rafs.ChunkTable, pool *Pool) (*Checker, error) {
 	m := table.Meta
 	comparable := m.Size > 0 && m.RawSize <= maxRaw && decodes(m.Compressor) && table.Opaque == 0 &&
 		m.RawSize == uint64(table.Blob.ChunkCount)*entrySize(table) && (m.Compressor != rafs.CompressorNone || m.Size == m.RawSize)
-	return &Checker{table: table, pool: pool, meta: comparable}, nil
+	return &Checker{table: table, pool: pool, budget: budget, meta: comparable}, nil
 }
 
 // decodes tells whether a worker can.
@@ -71,6 +74,7 @@ func decodes(c rafs.Compressor) bool {
 // Reader passes a part of a blob on and checks it. It is not for several goroutines.
 type Reader struct {
 	c   *Checker
+	ctx context.Context
 	src io.Reader
 	// offset is where the next byte lies, end where the part ends.
 	offset, end int64
@@ -80,6 +84,7 @@ type Reader struct {
 
 	now     part // what arrives; none when its size is 0
 	arrived buffer
+	held    int64 // of the budget
 	// task is what has arrived as a whole, to be checked together with more.
 	task task
 	// result is that of the check that is running.
@@ -96,13 +101,14 @@ type Reader struct {
 // part that cuts a chunk, unless it reaches to the blob's end: there nydusd looks for
 // the table of contents, and does not take the rest of what it gets for data.
 //
-// Close it when done, which does not close src.
-func (c *Checker) Reader(src io.Reader, offset, length, size int64) (*Reader, error) {
+// It waits for its share of the budget until ctx ends. Close it when done, which does not
+// close src.
+func (c *Checker) Reader(ctx context.Context, src io.Reader, offset, length, size int64) (*Reader, error) {
 	end := offset + length
 	if offset < 0 || length < 0 || end < offset || (size > 0 && end > size) {
 		return nil, fmt.Errorf("check blob %s: no %d bytes at %d of %d", c.table.Blob.ID, length, offset, size)
 	}
-	r := &Reader{c: c, src: src, offset: offset, end: end, arrived: buffer{pool: c.pool}, result: make(chan error, 1)}
+	r := &Reader{c: c, ctx: ctx, src: src, offset: offset, end: end, arrived: buffer{pool: c.pool}, result: make(chan error, 1)}
 	r.parts = c.parts(offset, end, size)
 	cut := r.parts.cut
 	if cut.size > 0 && (end != size || cut.offset >= offset) {
@@ -166,6 +172,8 @@ func (r *Reader) Close() error {
 	r.closed = true
 	_ = r.wait()
 	r.arrived.empty()
+	r.c.budget.give(r.held)
+	r.held = 0
 	r.hash.piece.empty()
 	if r.err == nil {
 		r.err = errors.New("read of a part that is closed")
@@ -185,8 +193,8 @@ func (r *Reader) take(p []byte) error {
 			skip := next.offset - r.offset
 			r.offset, p = next.offset, p[skip:]
 			r.now, _ = r.parts.next()
-			if r.now.streamed() {
-				r.hash.start(r)
+			if err := r.begin(); err != nil {
+				return err
 			}
 		}
 		n := min(int64(len(p)), r.now.offset+r.now.size-r.offset)
@@ -202,6 +210,31 @@ func (r *Reader) take(p []byte) error {
 			}
 		}
 	}
+	return nil
+}
+
+// begin is called with the first byte of what arrives.
+func (r *Reader) begin() error {
+	if r.now.streamed() {
+		r.hash.start(r)
+		return nil
+	}
+	more := r.arrived.takes(r.now.size) - r.held
+	if more <= 0 || r.c.budget.take(more) {
+		r.held += max(more, 0)
+		return nil
+	}
+	// Who waits holds nothing for which others wait.
+	if len(r.task.parts) > 0 {
+		if err := r.check(); err != nil {
+			return err
+		}
+	}
+	more = r.arrived.takes(r.now.size)
+	if err := r.c.budget.wait(r.ctx, more); err != nil {
+		return fmt.Errorf("check blob %s: wait for memory: %w", r.c.table.Blob.ID, err)
+	}
+	r.held = more
 	return nil
 }
 
@@ -228,8 +261,8 @@ func (r *Reader) check() error {
 	if err := r.wait(); err != nil {
 		return err
 	}
-	t := task{c: r.c, data: r.arrived, parts: r.task.parts}
-	r.arrived, r.task.parts, r.running = buffer{pool: r.c.pool}, nil, true
+	t := task{c: r.c, data: r.arrived, parts: r.task.parts, held: r.held}
+	r.arrived, r.task.parts, r.held, r.running = buffer{pool: r.c.pool}, nil, 0, true
 	// Taken before more arrives: no reader holds a chunk that waits for its check and
 	// another one.
 	w := <-r.c.pool.workers
@@ -261,6 +294,7 @@ type task struct {
 	c     *Checker
 	data  buffer
 	parts []part
+	held  int64
 }
 
 // run makes it with w, and gives that back to the pool.
@@ -272,10 +306,13 @@ func (t *task) run(w *worker) (err error) {
 			err = t.parts[0].wrong(fmt.Errorf("the check fails: %v", fault))
 			w = new(worker)
 		}
+		t.c.budget.give(t.held)
 		w.release()
 		t.c.pool.workers <- w
 	}()
 	data := w.contiguous(&t.data)
+	t.c.budget.give(t.held)
+	t.held = 0
 	for _, p := range t.parts {
 		if err := p.check(w, t.c, data[:p.size]); err != nil {
 			return p.wrong(err)

@@ -79,7 +79,7 @@ func named(t testing.TB, name string) image {
 
 func checker(t testing.TB, table *rafs.ChunkTable) *Checker {
 	t.Helper()
-	c, err := New(table, NewPool(2))
+	c, err := New(table, NewPool(2), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +90,7 @@ func checker(t testing.TB, table *rafs.ChunkTable) *Checker {
 // it ends.
 func read(t testing.TB, c *Checker, data []byte, offset, length, size int) ([]byte, int64, error) {
 	t.Helper()
-	r, err := c.Reader(bytes.NewReader(data[offset:min(offset+length, len(data))]), int64(offset), int64(length), int64(size))
+	r, err := c.Reader(t.Context(), bytes.NewReader(data[offset:min(offset+length, len(data))]), int64(offset), int64(length), int64(size))
 	if err != nil {
 		return nil, 0, err
 	}
@@ -126,7 +126,7 @@ func TestGood(t *testing.T) {
 					"halves":       iotest.HalfReader(bytes.NewReader(blob)),
 					"end with EOF": iotest.DataErrReader(bytes.NewReader(blob)),
 				} {
-					r, err := c.Reader(slow, 0, int64(len(blob)), int64(len(blob)))
+					r, err := c.Reader(t.Context(), slow, 0, int64(len(blob)), int64(len(blob)))
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -319,7 +319,7 @@ func another(all []image, data []byte, start int) []byte {
 
 func onlyChunk(t *testing.T, c *Checker, chunk rafs.Chunk, data []byte) ([]byte, error) {
 	t.Helper()
-	r, err := c.Reader(bytes.NewReader(data), int64(chunk.Offset), int64(chunk.Size), 0)
+	r, err := c.Reader(t.Context(), bytes.NewReader(data), int64(chunk.Offset), int64(chunk.Size), 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -361,7 +361,7 @@ func TestUnaligned(t *testing.T) {
 		}
 	}
 	for _, bad := range [][3]int64{{-1, 5, 100}, {5, -1, 100}, {90, 11, 100}, {1 << 62, 1 << 62, 0}} {
-		if _, err := c.Reader(nil, bad[0], bad[1], bad[2]); err == nil {
+		if _, err := c.Reader(t.Context(), nil, bad[0], bad[1], bad[2]); err == nil {
 			t.Errorf("%v: accepted", bad)
 		}
 	}
@@ -477,7 +477,7 @@ func TestListV2(t *testing.T) {
 	copy(header[4092:], le64(headerMagic)[:4])
 	whole := append(list, header...)
 	part := func(data []byte) error {
-		r, err := c.Reader(bytes.NewReader(data), int64(meta.Offset), int64(len(data)), 0)
+		r, err := c.Reader(t.Context(), bytes.NewReader(data), int64(meta.Offset), int64(len(data)), 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -519,7 +519,7 @@ func TestSourceFails(t *testing.T) {
 	im := named(t, "v6-zstd-4k")
 	table, blob := &im.tables[0], im.blobs[0]
 	for _, end := range []int{0, 1, 100, len(blob) - 1} {
-		r, err := checker(t, table).Reader(broken{bytes.NewReader(blob[:end]), fs.ErrPermission}, 0, int64(len(blob)), int64(len(blob)))
+		r, err := checker(t, table).Reader(t.Context(), broken{bytes.NewReader(blob[:end]), fs.ErrPermission}, 0, int64(len(blob)), int64(len(blob)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -541,7 +541,7 @@ func TestClosedEarly(t *testing.T) {
 	table, blob := &im.tables[0], im.blobs[0]
 	c := checker(t, table)
 	for n := range 200 {
-		r, err := c.Reader(bytes.NewReader(blob), 0, int64(len(blob)), int64(len(blob)))
+		r, err := c.Reader(t.Context(), bytes.NewReader(blob), 0, int64(len(blob)), int64(len(blob)))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -565,7 +565,7 @@ func TestUnsupported(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := New(table, NewPool(0)); !errors.Is(err, errors.ErrUnsupported) {
+		if _, err := New(table, NewPool(0), nil); !errors.Is(err, errors.ErrUnsupported) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}

@@ -98,7 +98,7 @@ func BenchmarkReader(b *testing.B) {
 				b.SetBytes(int64(len(blob)))
 				before := cpu(b)
 				for b.Loop() {
-					r, err := c.Reader(network{bytes.NewReader(blob)}, 0, int64(len(blob)), 0)
+					r, err := c.Reader(b.Context(), network{bytes.NewReader(blob)}, 0, int64(len(blob)), 0)
 					if err != nil {
 						b.Fatal(err)
 					}
@@ -164,7 +164,7 @@ func TestMemory(t *testing.T) {
 		stop := int64(table.At(2).End()) - 1
 		for range parts {
 			done.Go(func() {
-				r, err := c.Reader(&meeting{Reader: bytes.NewReader(blob), left: stop, all: &all, open: open}, 0, int64(len(blob)), 0)
+				r, err := c.Reader(t.Context(), &meeting{Reader: bytes.NewReader(blob), left: stop, all: &all, open: open}, 0, int64(len(blob)), 0)
 				if err != nil {
 					t.Error(err)
 					return
@@ -206,7 +206,7 @@ func TestConcurrent(t *testing.T) {
 				if i%3 == 0 {
 					data, want = bad, ErrContent
 				}
-				r, err := c.Reader(bytes.NewReader(data), 0, int64(len(data)), 0)
+				r, err := c.Reader(t.Context(), bytes.NewReader(data), 0, int64(len(data)), 0)
 				if err != nil {
 					t.Error(err)
 					return

@@ -2,6 +2,7 @@ package blobcheck
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
+	"golang.org/x/sync/semaphore"
 	"lukechampine.com/blake3"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
@@ -38,6 +40,35 @@ func NewPool(n int) *Pool {
 // hashing small ones is several times as slow.
 type piece [128 << 10]byte
 
+// Budget bounds what readers hold of chunks that have not arrived as a whole. Readers of
+// one source should share one, and those of others have another: who waits for bytes from
+// a slow source holds memory that those of the same one wait for.
+type Budget struct {
+	all  int64
+	left *semaphore.Weighted
+}
+
+// NewBudget makes one of so many bytes. A chunk that is larger gets all of it.
+func NewBudget(all int64) *Budget { return &Budget{all, semaphore.NewWeighted(all)} }
+
+// take gets n bytes if nobody waits for them.
+func (b *Budget) take(n int64) bool { return b == nil || b.left.TryAcquire(min(n, b.all)) }
+
+// wait gets n bytes.
+func (b *Budget) wait(ctx context.Context, n int64) error {
+	if b == nil {
+		return nil
+	}
+	return b.left.Acquire(ctx, min(n, b.all))
+}
+
+// give gives back what was got at once.
+func (b *Budget) give(n int64) {
+	if b != nil && n > 0 {
+		b.left.Release(min(n, b.all))
+	}
+}
+
 // buffer holds what has arrived.
 type buffer struct {
 	pool   *Pool
@@ -54,6 +85,12 @@ func (b *buffer) write(p []byte) {
 		n := copy(b.pieces[len(b.pieces)-1][used:], p)
 		b.size, p = b.size+n, p[n:]
 	}
+}
+
+// takes is how much memory it has with n bytes more.
+func (b *buffer) takes(n int64) int64 {
+	const whole = int64(len(piece{}))
+	return (int64(b.size) + n + whole - 1) / whole * whole
 }
 
 // empty gives the memory back.

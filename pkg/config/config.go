@@ -183,6 +183,9 @@ type Remote struct {
 	// listens: a loopback IP address and a port.
 	Gateway        Gateway `toml:"gateway"`
 	GatewayAddress string  `toml:"gateway_address"`
+	// GatewayVerify has the gateway compare what it passes on with the digests in the
+	// image's bootstrap.
+	GatewayVerify bool `toml:"gateway_verify"`
 	// HostStreams bounds how many requests the gateway has under way at one host,
 	// HostBandwidth how many bytes it reads from one in a second; 0 for no bound.
 	HostStreams   int  `toml:"host_streams"`
@@ -219,7 +222,7 @@ func Default() Config {
 		},
 		Log: Log{Level: "info", Format: "text"},
 		Remote: Remote{
-			ConfigPath: "/etc/containerd/certs.d", Gateway: GatewayAuto, GatewayAddress: "127.0.0.1:476",
+			ConfigPath: "/etc/containerd/certs.d", Gateway: GatewayAuto, GatewayAddress: "127.0.0.1:476", GatewayVerify: true,
 			PlainHTTP: []string{}, SkipVerify: []string{},
 		},
 	}

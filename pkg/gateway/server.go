@@ -18,6 +18,8 @@ import (
 
 // Blob is what is asked of a Source.
 type Blob struct {
+	// Instance is that of the image for which it is asked.
+	Instance             string
 	Registry, Repository string
 	Digest               digest.Digest
 }
@@ -45,6 +47,8 @@ type Source interface {
 	// Open returns length bytes from offset on, all there are when length is
 	// negative.
 	Open(ctx context.Context, b Blob, offset, length int64) (Content, error)
+	// Size returns how long a blob is.
+	Size(ctx context.Context, b Blob) (int64, error)
 }
 
 // Images knows the images that are mounted.
@@ -195,29 +199,27 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, g Grant, blob dig
 	if no != nil {
 		return no
 	}
-	partial := r.Header.Get("Range") != ""
+	b := Blob{g.Instance, g.Registry, g.Repository, blob}
+	h := w.Header()
 	if r.Method == http.MethodHead {
-		offset, length, partial = 0, 1, false // as much as tells the size
+		size, err := s.cfg.Source.Size(r.Context(), b)
+		if err != nil {
+			return failed(r.Context(), err)
+		}
+		describe(h, blob, size)
+		return nil
 	}
-	content, err := s.cfg.Source.Open(r.Context(), Blob{g.Registry, g.Repository, blob}, offset, length)
+	content, err := s.cfg.Source.Open(r.Context(), b, offset, length)
 	if errors.Is(err, ErrRange) && length > 1 {
 		// Its end may lie behind the blob's, its beginning not.
-		content, err = s.cfg.Source.Open(r.Context(), Blob{g.Registry, g.Repository, blob}, offset, -1)
+		content, err = s.cfg.Source.Open(r.Context(), b, offset, -1)
 	}
 	if err != nil {
 		return failed(r.Context(), err)
 	}
 	defer content.Close()
-	h := w.Header()
-	h.Set("Content-Type", "application/octet-stream")
-	h.Set("Docker-Content-Digest", blob.String())
-	h.Set("Accept-Ranges", "bytes")
-	if r.Method == http.MethodHead {
-		h.Set("Content-Length", strconv.FormatInt(content.Size(), 10))
-		return nil
-	}
-	h.Set("Content-Length", strconv.FormatInt(content.Left(), 10))
-	if partial {
+	describe(h, blob, content.Left())
+	if r.Header.Get("Range") != "" {
 		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", offset, offset+content.Left()-1, content.Size()))
 		w.WriteHeader(http.StatusPartialContent)
 	}
@@ -228,6 +230,14 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, g Grant, blob dig
 		panic(http.ErrAbortHandler)
 	}
 	return nil
+}
+
+// describe sets the headers of an answer with so many bytes of a blob.
+func describe(h http.Header, blob digest.Digest, length int64) {
+	h.Set("Content-Type", "application/octet-stream")
+	h.Set("Docker-Content-Digest", blob.String())
+	h.Set("Accept-Ranges", "bytes")
+	h.Set("Content-Length", strconv.FormatInt(length, 10))
 }
 
 // failed is the answer when the source has failed.

@@ -42,13 +42,21 @@ func (f *fake) Has(instance string, blob digest.Digest) (bool, error) {
 	return blob == known, nil
 }
 
+func (f *fake) Size(ctx context.Context, b Blob) (int64, error) {
+	p, err := f.Open(ctx, b, 0, 1)
+	if err != nil {
+		return 0, err
+	}
+	return p.Size(), p.Close()
+}
+
 func (f *fake) Open(_ context.Context, b Blob, offset, length int64) (Content, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.err != nil {
 		return nil, f.err
 	}
-	if b != (Blob{"registry.test", "a/b", known}) {
+	if b != (Blob{"instance", "registry.test", "a/b", known}) {
 		return nil, fmt.Errorf("%+v was asked for", b)
 	}
 	end := int64(len(content))

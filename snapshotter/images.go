@@ -1,0 +1,235 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/blobcheck"
+	"github.com/nydusfs/nydus-snapshotter/pkg/gateway"
+	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
+	"github.com/nydusfs/nydus-snapshotter/pkg/registry"
+)
+
+// source lets the gateway fetch from registries, and checks what comes.
+type source struct {
+	fetcher *registry.Fetcher
+	images  *mounted
+}
+
+// Open implements gateway.Source.
+func (s source) Open(ctx context.Context, b gateway.Blob, offset, length int64) (gateway.Content, error) {
+	checker, err := s.images.checker(b.Instance, b.Digest)
+	if err != nil {
+		return nil, err
+	}
+	part, err := s.part(ctx, b, offset, length)
+	if err != nil || checker == nil {
+		return part, err
+	}
+	reader, err := checker.Reader(ctx, part, offset, part.Left(), part.Size())
+	if err != nil {
+		return nil, errors.Join(err, part.Close())
+	}
+	return &verified{part, reader}, nil
+}
+
+// Size implements gateway.Source.
+func (s source) Size(ctx context.Context, b gateway.Blob) (int64, error) {
+	part, err := s.part(ctx, b, 0, 1)
+	if err != nil {
+		return 0, err
+	}
+	return part.Size(), part.Close()
+}
+
+func (s source) part(ctx context.Context, b gateway.Blob, offset, length int64) (*registry.Part, error) {
+	part, err := s.fetcher.Open(ctx, registry.Blob{Registry: b.Registry, Repository: b.Repository, Digest: b.Digest}, offset, length)
+	switch {
+	case errors.Is(err, registry.ErrRange):
+		return nil, fmt.Errorf("%w: %w", gateway.ErrRange, err)
+	case errors.Is(err, registry.ErrNoBlob):
+		return nil, fmt.Errorf("%w: %w", gateway.ErrNoBlob, err)
+	}
+	return part, err
+}
+
+// verified is a part of a blob that does not end well when it is not the image's.
+type verified struct {
+	*registry.Part
+	reader *blobcheck.Reader
+}
+
+// Read implements io.Reader.
+func (c *verified) Read(p []byte) (int, error) {
+	n, err := c.reader.Read(p)
+	if errors.Is(err, blobcheck.ErrContent) {
+		// Whoever asks again, as nydusd does, gets it from another host.
+		c.Distrust()
+		err = fmt.Errorf("%s gives out something else than the image's bootstrap says: %w", c.Host(), err)
+	}
+	return n, err
+}
+
+// Close implements io.Closer.
+func (c *verified) Close() error { return errors.Join(c.reader.Close(), c.Part.Close()) }
+
+// mounted knows of which blobs the images consist that are mounted, and what those
+// contain.
+type mounted struct {
+	runDir string
+	verify bool
+	log    *slog.Logger
+	pool   *blobcheck.Pool
+
+	mu     sync.Mutex
+	images map[string]*blobs
+	// budgets are those of registries.
+	budgets map[string]*blobcheck.Budget
+}
+
+// blobs are those of one bootstrap.
+type blobs struct {
+	bootstrap string // its digest
+	known     map[digest.Digest]bool
+	checkers  map[digest.Digest]*blobcheck.Checker
+	chunks    int
+	used      time.Time
+}
+
+const (
+	// maxImages and maxChunks bound what is remembered, the latter at 56 bytes each.
+	// The image that is read is remembered in any case, unless it alone has more
+	// chunks: then it is not verified.
+	maxImages = 1000
+	maxChunks = 1 << 20
+	// hostBudget is what the chunks of one registry may take that are arriving.
+	hostBudget = 16 << 20
+)
+
+func newMounted(runDir string, verify bool, log *slog.Logger) *mounted {
+	return &mounted{
+		runDir: runDir, verify: verify, log: log, pool: blobcheck.NewPool(runtime.GOMAXPROCS(0)),
+		images: map[string]*blobs{}, budgets: map[string]*blobcheck.Budget{},
+	}
+}
+
+// Has implements gateway.Images.
+func (m *mounted) Has(key string, blob digest.Digest) (bool, error) {
+	b, err := m.of(key)
+	if err != nil {
+		return false, err
+	}
+	return b.known[blob], nil
+}
+
+// checker returns the one of a blob, nil when there is nothing to check it by.
+func (m *mounted) checker(key string, blob digest.Digest) (*blobcheck.Checker, error) {
+	b, err := m.of(key)
+	if err != nil {
+		return nil, err
+	}
+	return b.checkers[blob], nil
+}
+
+// of returns the blobs of a living instance.
+func (m *mounted) of(key string) (*blobs, error) {
+	rec, err := instance.ReadRecord(m.runDir, key)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %w", gateway.ErrNotMounted, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	b := m.images[key]
+	if b == nil || b.bootstrap != rec.BootstrapDigest {
+		if b, err = m.read(rec); err != nil {
+			return nil, err
+		}
+		m.makeRoom(b.chunks)
+		m.images[key] = b
+	}
+	b.used = time.Now()
+	return b, nil
+}
+
+// makeRoom forgets those that have not been used for longest.
+func (m *mounted) makeRoom(more int) {
+	for {
+		oldest, chunks := "", more
+		for key, b := range m.images {
+			chunks += b.chunks
+			if oldest == "" || b.used.Before(m.images[oldest].used) {
+				oldest = key
+			}
+		}
+		if oldest == "" || len(m.images) < maxImages && chunks <= maxChunks {
+			return
+		}
+		delete(m.images, oldest)
+	}
+}
+
+// read reads what an image consists of.
+func (m *mounted) read(rec *instance.Record) (*blobs, error) {
+	path := instance.BootstrapPath(rec)
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("read which blobs the image has: %w", err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("read which blobs the image has: %w", err)
+	}
+	boot, err := rafs.Open(f, info.Size())
+	if err != nil {
+		return nil, fmt.Errorf("read which blobs the image has: %s: %w", path, err)
+	}
+	b := &blobs{bootstrap: rec.BootstrapDigest, known: map[digest.Digest]bool{}, checkers: map[digest.Digest]*blobcheck.Checker{}}
+	for _, blob := range boot.Blobs {
+		b.known[digest.NewDigestFromEncoded(digest.SHA256, blob.ID)] = true
+		if blob.MetaID != "" {
+			b.known[digest.NewDigestFromEncoded(digest.SHA256, blob.MetaID)] = true
+		}
+	}
+	if !m.verify {
+		return b, nil
+	}
+	tables, err := rafs.Chunks(f, info.Size(), maxChunks)
+	if err != nil {
+		m.log.Warn("what is read of an image cannot be verified", "event", "unchecked", "image", rec.Image, "instance", rec.Key, "error", err)
+		return b, nil
+	}
+	for i := range tables {
+		c, err := blobcheck.New(&tables[i], m.pool, m.budget(rec.Host))
+		if err != nil {
+			m.log.Warn("what is read of a blob cannot be verified", "event", "unchecked", "image", rec.Image, "instance", rec.Key, "blob", tables[i].Blob.ID, "error", err)
+			continue
+		}
+		b.checkers[digest.NewDigestFromEncoded(digest.SHA256, tables[i].Blob.ID)] = c
+		b.chunks += tables[i].Len()
+	}
+	return b, nil
+}
+
+// budget returns that of a registry.
+func (m *mounted) budget(host string) *blobcheck.Budget {
+	b := m.budgets[host]
+	if b == nil {
+		b = blobcheck.NewBudget(hostBudget)
+		m.budgets[host] = b
+	}
+	return b
+}
