@@ -65,13 +65,18 @@ func serveGateway(ctx context.Context, cfg config.Config) error {
 	if err != nil {
 		return err
 	}
+	logins, err := newKeychain(cfg)
+	if err != nil {
+		return err
+	}
+	defer logins.watch(ctx)()
 	listener, err := gatewayListener(ctx, cfg.Remote.GatewayAddress)
 	if err != nil {
 		return err
 	}
 	server := gateway.New(gateway.Config{
 		Key: sealing, Images: &mounted{runDir: cfg.RunDir, blobs: map[string]blobs{}},
-		Source: source{registry.NewFetcher(registry.FetcherConfig{Finder: endpoints(cfg.Remote)})}, Log: slog.Default(),
+		Source: source{registry.NewFetcher(registry.FetcherConfig{Finder: endpoints(cfg.Remote, logins)})}, Log: slog.Default(),
 	}).HTTP()
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(listener) }()

@@ -59,7 +59,12 @@ func checkRegistry(c *cli.Context) error {
 		return fmt.Errorf("registry check: remote.backend is %q: no registry is asked", cfg.Remote.Backend)
 	}
 	image := c.Args().First()
-	hosts := endpoints(cfg.Remote)
+	logins, err := newKeychain(cfg)
+	if err != nil {
+		return fmt.Errorf("registry check: %w", err)
+	}
+	defer logins.watch(c.Context)()
+	hosts := endpoints(cfg.Remote, logins)
 	route, err := hosts.Route(c.Context, image)
 	if err != nil {
 		return fmt.Errorf("registry check: %w", err)

@@ -37,6 +37,8 @@ type Config struct {
 	Mount  Mount  `toml:"mount"`
 	Log    Log    `toml:"log"`
 	Remote Remote `toml:"remote"`
+
+	Credentials CredentialSources `toml:"credentials"`
 }
 
 // Daemon says how nydusd is started.
@@ -222,5 +224,6 @@ func Default() Config {
 			Backend: BackendRegistry, ConfigPath: "/etc/containerd/certs.d", Gateway: GatewayAuto, GatewayAddress: "127.0.0.1:476",
 			PlainHTTP: []string{}, SkipVerify: []string{},
 		},
+		Credentials: defaultCredentials(),
 	}
 }

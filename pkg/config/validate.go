@@ -56,6 +56,7 @@ func (c Config) Validate() []Fault {
 	v.oneOf("log.level", c.Log.Level, LogLevels()...)
 	v.oneOf("log.format", c.Log.Format, "text", "json")
 	v.remote(c)
+	v.credentials(c)
 	return v.faults
 }
 
