@@ -53,12 +53,17 @@ func serveGateway(ctx context.Context, cfg config.Config) error {
 	if err != nil {
 		return err
 	}
+	logins, err := newKeychain(cfg)
+	if err != nil {
+		return err
+	}
+	defer logins.watch(ctx)()
 	listener, err := gatewayListener(ctx, cfg.Remote.GatewayAddress)
 	if err != nil {
 		return err
 	}
 	images := newMounted(cfg.RunDir, cfg.Remote.GatewayVerify, slog.Default())
-	fetcher := registry.NewFetcher(registry.FetcherConfig{Finder: endpoints(cfg.Remote), Streams: cfg.Remote.HostStreams, Rate: int64(cfg.Remote.HostBandwidth)})
+	fetcher := registry.NewFetcher(registry.FetcherConfig{Finder: endpoints(cfg.Remote, logins), Streams: cfg.Remote.HostStreams, Rate: int64(cfg.Remote.HostBandwidth)})
 	server := gateway.New(gateway.Config{Key: sealing, Images: images, Source: source{fetcher, images}, Log: slog.Default()}).HTTP()
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(listener) }()

@@ -68,7 +68,12 @@ func checkRegistry(c *cli.Context) error {
 	if rule != nil && rule.Type != config.BackendRegistry {
 		return fmt.Errorf("registry check: the blobs of %s are where [[backend]] %q says (%s): no registry is asked for them", image, rule.Name, rule.Type)
 	}
-	hosts := endpoints(cfg.Remote)
+	logins, err := newKeychain(cfg)
+	if err != nil {
+		return fmt.Errorf("registry check: %w", err)
+	}
+	defer logins.watch(c.Context)()
+	hosts := endpoints(cfg.Remote, logins)
 	route, err := hosts.Route(c.Context, image)
 	if err != nil {
 		return fmt.Errorf("registry check: %w", err)

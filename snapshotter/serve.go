@@ -95,7 +95,12 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	if err != nil {
 		return err
 	}
-	sn, err := newSnapshotter(ctx, cfg, key, nydusd)
+	logins, stopLogins, err := startLogins(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stopLogins()) }()
+	sn, err := newSnapshotter(ctx, cfg, key, nydusd, logins)
 	if err != nil {
 		return err
 	}
@@ -108,18 +113,35 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 
 	server := grpc.NewServer()
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
+	stop, err := startBackground(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		stop()
+		err = errors.Join(err, endShared(ctx, cfg.RunDir))
+	}()
+
+	warn(ctx, cfg, nydusd)
+	log.G(ctx).WithFields(log.Fields{"version": version, "root": cfg.Root, "address": cfg.Address, "style": cfg.Mount.Style}).Info("serving")
+	return answer(ctx, server, listener)
+}
+
+// startBackground starts what looks after mounted images, until the returned function
+// is called.
+func startBackground(ctx context.Context, cfg config.Config) (stop func(), err error) {
 	reconciler := instance.NewReconciler(instance.ReconcilerConfig{
 		RunDir: cfg.RunDir, Root: cfg.Root, Linger: cfg.Mount.IdleLinger, Log: slog.Default(),
 	})
 	spare, err := holderOf(cfg)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	recoverer := recovery.New(recovery.Config{
 		RunDir: cfg.RunDir, Policy: recovery.Policy(cfg.Daemon.RecoverPolicy), StartTimeout: cfg.Daemon.StartTimeout,
 		Spare: spare.connect, Log: slog.Default(),
 	})
-	background, stop := context.WithCancel(ctx)
+	background, cancel := context.WithCancel(ctx)
 	var done sync.WaitGroup
 	done.Go(func() { keepRunning(background, "unused images are not released", reconciler.Run) })
 	done.Go(func() {
@@ -130,15 +152,10 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 		RunDir: cfg.RunDir, Timeout: cfg.Daemon.HangTimeout, Asker: &probe.Prober{Program: spare.program}, Log: slog.Default(),
 	})
 	done.Go(func() { keepRunning(background, "daemons that hang are not noticed", hung.Run) })
-	defer func() {
-		stop()
+	return func() {
+		cancel()
 		done.Wait()
-		err = errors.Join(err, endShared(ctx, cfg.RunDir))
-	}()
-
-	warn(ctx, cfg, nydusd)
-	log.G(ctx).WithFields(log.Fields{"version": version, "root": cfg.Root, "address": cfg.Address, "style": cfg.Mount.Style}).Info("serving")
-	return answer(ctx, server, listener)
+	}, nil
 }
 
 // warn tells at start what would otherwise show at the first mount only.

@@ -22,7 +22,7 @@ import (
 )
 
 // snapshotOptions connects the snapshotter with what it asks for.
-func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf) (snapshot.Options, error) {
+func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf, logins registry.Keychain) (snapshot.Options, error) {
 	sealing, err := key.Derive(capabilityKey)
 	if err != nil {
 		return snapshot.Options{}, err
@@ -33,7 +33,7 @@ func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf) (sna
 		Managed: cfg.Mount.Style == config.StyleManaged,
 		Daemon:  daemon.spec,
 		Backends: backends{
-			rules: cfg.Backends, tuning: tuningOf(cfg.Daemon.ConfigTemplate), remote: cfg.Remote, endpoints: endpoints(cfg.Remote), keychain: docker(),
+			rules: cfg.Backends, tuning: tuningOf(cfg.Daemon.ConfigTemplate), remote: cfg.Remote, endpoints: endpoints(cfg.Remote, logins), keychain: logins,
 			sealing: sealing, shared: cfg.Daemon.Mode == config.ModeShared,
 		},
 		Sealer: sealer{key},
@@ -46,8 +46,8 @@ func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf) (sna
 	return o, nil
 }
 
-func newSnapshotter(ctx context.Context, cfg config.Config, key mountspec.Key, daemon nydusdOf) (*snapshot.Snapshotter, error) {
-	options, err := snapshotOptions(cfg, key, daemon)
+func newSnapshotter(ctx context.Context, cfg config.Config, key mountspec.Key, daemon nydusdOf, logins registry.Keychain) (*snapshot.Snapshotter, error) {
+	options, err := snapshotOptions(cfg, key, daemon, logins)
 	if err != nil {
 		return nil, err
 	}
@@ -58,9 +58,9 @@ func newSnapshotter(ctx context.Context, cfg config.Config, key mountspec.Key, d
 const capabilityKey = "gateway capability"
 
 // endpoints finds registries' hosts as configured.
-func endpoints(r config.Remote) *registry.Endpoints {
+func endpoints(r config.Remote, logins registry.Keychain) *registry.Endpoints {
 	return registry.NewEndpoints(registry.EndpointsConfig{
-		Dirs: filepath.SplitList(r.ConfigPath), PlainHTTP: r.PlainHTTP, SkipVerify: r.SkipVerify, Keychain: docker(), Log: slog.Default(),
+		Dirs: filepath.SplitList(r.ConfigPath), PlainHTTP: r.PlainHTTP, SkipVerify: r.SkipVerify, Keychain: logins, Log: slog.Default(),
 	})
 }
 

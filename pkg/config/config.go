@@ -40,6 +40,7 @@ type Config struct {
 
 	// Backends says of which images the blobs are elsewhere than in their registry.
 	Backends []Backend `toml:"backend"`
+	Credentials CredentialSources `toml:"credentials"`
 }
 
 // Daemon says how nydusd is started.
@@ -225,5 +226,6 @@ func Default() Config {
 			ConfigPath: "/etc/containerd/certs.d", Gateway: GatewayAuto, GatewayAddress: "127.0.0.1:476", GatewayVerify: true,
 			PlainHTTP: []string{}, SkipVerify: []string{},
 		},
+		Credentials: defaultCredentials(),
 	}
 }

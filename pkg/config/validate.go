@@ -59,6 +59,7 @@ func (c Config) Validate() []Fault {
 	v.oneOf("log.format", c.Log.Format, "text", "json")
 	v.remote(c.Remote)
 	v.backends(c.Backends)
+	v.credentials(c)
 	return v.faults
 }
 

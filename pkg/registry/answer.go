@@ -130,14 +130,20 @@ func discard(resp *http.Response) {
 // do sends the request, with what its host wants for it.
 func (p *Part) do(ctx context.Context, host Endpoint) (*http.Response, error) {
 	s := p.f.session(ctx, p.blob, host, nil)
-	for renewed := false; ; renewed = true {
+	for tries := 1; ; tries++ {
 		resp, err := p.challenge(ctx, host, s)
 		again := err != nil && isTransient(err) && errors.Is(err, errAuthorize)
 		if err == nil && (resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden) {
 			// A token that has expired; some say 403 then. Not that of a redirect.
 			again = resp.Request.Response == nil && resp.Request.Header.Get("Authorization") != ""
 		}
-		if !again || renewed {
+		if again && tries > 1 && resp != nil {
+			// It is new, so that this is about the credentials that it came from.
+			again = s.refusedAnew(ctx)
+		} else if tries > 1 {
+			again = false
+		}
+		if !again || tries > maxLogins {
 			return resp, err
 		}
 		if resp != nil {
@@ -146,6 +152,9 @@ func (p *Part) do(ctx context.Context, host Endpoint) (*http.Response, error) {
 		s = p.f.session(ctx, p.blob, host, s)
 	}
 }
+
+// maxLogins bounds how many credentials are tried for one request.
+const maxLogins = 4
 
 // errAuthorize says that the token server did not do its part.
 var errAuthorize = errors.New("authorize")

@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/docker/cli/cli/config"
@@ -17,6 +19,7 @@ import (
 	"github.com/docker/cli/cli/config/types"
 	"github.com/docker/docker-credential-helpers/client"
 	"github.com/docker/docker-credential-helpers/credentials"
+	"golang.org/x/sys/unix"
 )
 
 // Credentials open a registry. At most one of the three is set.
@@ -33,17 +36,74 @@ type Credentials struct {
 	Expires time.Time
 }
 
-// String hides the secret from fmt and from loggers.
-func (*Credentials) String() string { return "[credentials]" }
+// hidden stands for credentials wherever they are written.
+const hidden = "[credentials]"
 
-// GoString does so for %#v.
-func (*Credentials) GoString() string { return "[credentials]" }
+// Format hides the secret from fmt, whatever the verb.
+func (Credentials) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, hidden) }
+
+// String hides it from whoever asks for a text.
+func (Credentials) String() string { return hidden }
+
+// GoString does so for Go's syntax.
+func (Credentials) GoString() string { return hidden }
+
+// LogValue hides it from slog.
+func (Credentials) LogValue() slog.Value { return slog.StringValue(hidden) }
+
+// MarshalText hides it from encoders of all kinds: who stores credentials does so
+// on purpose, member by member.
+func (Credentials) MarshalText() ([]byte, error) { return []byte(hidden), nil }
+
+// Opens tells whether c and other open the same, wherever they come from.
+func (c *Credentials) Opens(other *Credentials) bool {
+	if c == nil || other == nil {
+		return c == other
+	}
+	return c.Auth == other.Auth && c.RegistryToken == other.RegistryToken && c.IdentityToken == other.IdentityToken
+}
+
+// Basic returns the credentials for a user and a password. Where the user's name
+// tells that the password is a token, they expire: a while after since, when the
+// token was handed out.
+func Basic(user, password, source string, since time.Time) *Credentials {
+	c := &Credentials{Auth: base64.StdEncoding.EncodeToString([]byte(user + ":" + password)), Source: source}
+	if life := tokenLife(user); life > 0 {
+		c.Expires = since.Add(life)
+	}
+	return c
+}
+
+// tokenLife is how long a token lives at most that goes with a user's name, and 0
+// when the name says nothing of the kind.
+//
+// The names are those of ECR's authorization tokens, of access tokens for Artifact
+// Registry and Container Registry, and of refresh tokens for ACR, in their
+// documentation.
+func tokenLife(user string) time.Duration {
+	switch {
+	case user == "AWS":
+		return 12 * time.Hour
+	case user == "oauth2accesstoken", strings.HasPrefix(user, "_dcg") && strings.HasSuffix(user, "_token"):
+		return time.Hour
+	case user == "00000000-0000-0000-0000-000000000000":
+		return 3 * time.Hour
+	}
+	return 0
+}
 
 // Keychain finds credentials.
 type Keychain interface {
 	// Credentials returns what opens a repository of a registry host, as Backend
 	// names it, and nil when it is to be used without.
 	Credentials(ctx context.Context, host, repository string) (*Credentials, error)
+}
+
+// Refuser is a Keychain that wants to know which of its answers are refused.
+type Refuser interface {
+	// Refused tells that c, which came from the keychain, does not open the
+	// repository of a host, although nothing else was wrong.
+	Refused(host, repository string, c *Credentials)
 }
 
 // Docker is the Keychain of the docker command line: config.json with its
@@ -57,9 +117,16 @@ type Docker struct {
 	Timeout time.Duration
 	// Env is added to the environment of credential helpers, as "NAME=VALUE".
 	Env []string
+	// Now is the clock; nil means time.Now.
+	Now func() time.Time
 }
 
 const (
+	// tokenKept is how long a token may be kept. Neither a helper nor the file says
+	// when a token ends, which either may have had for a while; helpers hand out none
+	// that ends within a few minutes.
+	tokenKept = 5 * time.Minute
+
 	helperTimeout = 10 * time.Second
 	helperPrefix  = "docker-credential-"
 	// dockerKey is the name under which docker keeps the login of docker.io.
@@ -70,20 +137,63 @@ const (
 
 // Credentials implements Keychain.
 func (d Docker) Credentials(ctx context.Context, host, _ string) (*Credentials, error) {
-	path := filepath.Join(d.Dir, config.ConfigFileName)
+	path := d.path()
 	file, err := load(path)
 	if err != nil || file == nil {
 		return nil, err
 	}
-	key := host
-	if host == dockerHost || host == dockerDomain {
-		key = dockerKey
+	key := dockerName(host)
+	helper := helperOf(file, key)
+	if helper == "" {
+		return d.convert(stored(file, key), path), nil
 	}
-	auth, err := d.lookup(ctx, file, key)
+	auth, err := d.ask(ctx, helper, key)
 	if err != nil {
 		return nil, fmt.Errorf("credentials for %s from %s: %w", host, path, err)
 	}
-	return convert(auth, path), nil
+	c := d.convert(auth, path)
+	if c != nil && c.IdentityToken != "" {
+		c.Expires = d.now().Add(tokenKept)
+	}
+	return c, nil
+}
+
+// HelperKey returns what an answer of a credential helper for a host may be kept
+// under, which changes with config.json; "" when no helper is asked, or when
+// Credentials has to say what is wrong.
+func (d Docker) HelperKey(host string) string {
+	var before, after unix.Stat_t
+	path := d.path()
+	if unix.Stat(path, &before) != nil {
+		return ""
+	}
+	file, err := load(path)
+	if err != nil || file == nil || unix.Stat(path, &after) != nil || before.Ino != after.Ino || before.Mtim != after.Mtim || before.Ctim != after.Ctim {
+		return ""
+	}
+	key := dockerName(host)
+	helper := helperOf(file, key)
+	if helper == "" {
+		return ""
+	}
+	return fmt.Sprintf("%s %s %q %d %d %d %d", helper, key, path, after.Ino, after.Size, after.Mtim, after.Ctim)
+}
+
+func (d Docker) path() string { return filepath.Join(d.Dir, config.ConfigFileName) }
+
+func (d Docker) now() time.Time {
+	if d.Now == nil {
+		return time.Now()
+	}
+	return d.Now()
+}
+
+// dockerName is how docker names a host.
+func dockerName(host string) string {
+	if host == dockerHost || host == dockerDomain {
+		return dockerKey
+	}
+	return host
 }
 
 // load returns nil when there is no file. Parse errors may quote the file, so
@@ -104,21 +214,23 @@ func load(path string) (*configfile.ConfigFile, error) {
 	return file, nil
 }
 
-// lookup prefers a helper over what is stored in the file, as docker does.
-func (d Docker) lookup(ctx context.Context, file *configfile.ConfigFile, key string) (types.AuthConfig, error) {
-	helper := file.CredentialsStore
+// helperOf is the helper that is asked rather than what is stored in the file, as
+// docker does; "" for none.
+func helperOf(file *configfile.ConfigFile, key string) string {
 	if h, ok := file.CredentialHelpers[key]; ok {
-		helper = h
+		return h
 	}
-	if helper != "" {
-		return d.ask(ctx, helper, key)
-	}
+	return file.CredentialsStore
+}
+
+// stored is the login in the file itself.
+func stored(file *configfile.ConfigFile, key string) types.AuthConfig {
 	for _, name := range spellings(key) {
 		if auth, ok := file.AuthConfigs[name]; ok {
-			return auth, nil
+			return auth
 		}
 	}
-	return types.AuthConfig{}, nil
+	return types.AuthConfig{}
 }
 
 // spellings lists how a login for a registry may be filed, the best first: by
@@ -203,15 +315,18 @@ func (p *program) Output() ([]byte, error) {
 	return out.Bytes(), p.err
 }
 
-func convert(auth types.AuthConfig, source string) *Credentials {
+func (d Docker) convert(auth types.AuthConfig, source string) *Credentials {
 	switch {
 	case auth.RegistryToken != "":
 		return &Credentials{RegistryToken: auth.RegistryToken, Source: source}
 	case auth.IdentityToken != "":
 		return &Credentials{IdentityToken: auth.IdentityToken, Source: source}
 	case auth.Username != "":
-		pair := auth.Username + ":" + auth.Password
-		return &Credentials{Auth: base64.StdEncoding.EncodeToString([]byte(pair)), Source: source}
+		c := Basic(auth.Username, auth.Password, source, d.now())
+		if !c.Expires.IsZero() {
+			c.Expires = d.now().Add(tokenKept)
+		}
+		return c
 	default:
 		return nil
 	}

@@ -3,8 +3,10 @@ package registry
 import (
 	"context"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -186,11 +188,74 @@ func killChild(pidFile string) {
 }
 
 func TestCredentialsHideThemselves(t *testing.T) {
-	c := &Credentials{Auth: secret, RegistryToken: secret}
-	for _, format := range []string{"%v", "%+v", "%#v", "%s"} {
-		if text := fmt.Sprintf(format, c); strings.Contains(text, secret) {
-			t.Errorf("%s tells the secret", format)
+	c := &Credentials{Auth: secret, RegistryToken: secret, IdentityToken: secret}
+	for _, format := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x", "%d", "%T %v"} {
+		for _, value := range []any{c, *c, []*Credentials{c}, []Credentials{*c}, struct{ C Credentials }{*c}, map[string]Credentials{"c": *c}} {
+			text := fmt.Sprintf(format, value, value)
+			if strings.Contains(text, secret) || strings.Contains(text, fmt.Sprintf("%x", secret)) {
+				t.Errorf("%s of a %T tells the secret: %s", format, value, text)
+			}
 		}
+	}
+	var out strings.Builder
+	log := slog.New(slog.NewJSONHandler(&out, nil))
+	log.Info("both", "pointer", c, "value", *c, "within", struct{ C *Credentials }{c})
+	slog.New(slog.NewTextHandler(&out, nil)).Info("both", "pointer", c, "value", *c, "within", struct{ C *Credentials }{c})
+	if err := json.NewEncoder(&out).Encode([]any{c, *c}); err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(out.String(), secret) || strings.Count(out.String(), hidden) < 8 {
+		t.Errorf("a log or JSON tells the secret, or nothing at all: %s", out.String())
+	}
+}
+
+// What a user's name tells to be a token is short-lived, from wherever it comes.
+func TestTokensExpire(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	d := dockerDir(t, fmt.Sprintf(`{
+		"auths": {"aws.example": {"auth": %q}, "plain.example": {"auth": %q}, "identity.example": {"identitytoken": "t"}},
+		"credHelpers": {"gcp.example": "gcp", "acr.example": "acr", "token.example": "token", "user.example": "user"}
+	}`, auth("AWS", "x"), auth("u", "p")), map[string]string{
+		"gcp":   `echo '{"Username":"_dcgcloud_token","Secret":"s"}'`,
+		"acr":   `echo '{"Username":"00000000-0000-0000-0000-000000000000","Secret":"s"}'`,
+		"token": `echo '{"Username":"<token>","Secret":"s"}'`,
+		"user":  `echo '{"Username":"_json_key","Secret":"s"}'`,
+	})
+	d.Now = func() time.Time { return now }
+	for host, want := range map[string]bool{
+		"aws.example": true, "gcp.example": true, "acr.example": true, "token.example": true,
+		"plain.example": false, "user.example": false, "identity.example": false,
+	} {
+		c, err := d.Credentials(t.Context(), host, "a/b")
+		if err != nil || c == nil {
+			t.Errorf("%s: %v, %v", host, c, err)
+		} else if expires := c.Expires.Equal(now.Add(tokenKept)); expires != want || !want && !c.Expires.IsZero() {
+			t.Errorf("%s: expires %v, want that: %v", host, c.Expires, want)
+		}
+	}
+}
+
+// An answer of a helper is kept until config.json changes; what the file itself has
+// is not kept at all.
+func TestHelperKey(t *testing.T) {
+	d := dockerDir(t, `{"auths": {"file.example": {"auth": "dTpw"}}, "credHelpers": {"one.example": "one"}}`, nil)
+	if key := d.HelperKey("file.example"); key != "" {
+		t.Errorf("key %q for what the file has", key)
+	}
+	key := d.HelperKey("one.example")
+	if key == "" || key != d.HelperKey("one.example") {
+		t.Errorf("key %q, then %q", key, d.HelperKey("one.example"))
+	}
+	write(t, filepath.Join(d.Dir, "new"), `{"credHelpers": {"one.example": "two"}}`, 0o600)
+	if err := os.Rename(filepath.Join(d.Dir, "new"), filepath.Join(d.Dir, "config.json")); err != nil {
+		t.Fatal(err)
+	}
+	if now := d.HelperKey("one.example"); now == "" || now == key {
+		t.Errorf("the key stays %q", now)
+	}
+	write(t, filepath.Join(d.Dir, "config.json"), `{`, 0o600)
+	if key := d.HelperKey("one.example"); key != "" {
+		t.Errorf("key %q for a broken file", key)
 	}
 }
 

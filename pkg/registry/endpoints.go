@@ -358,11 +358,14 @@ func (e *Endpoints) endpoint(host docker.RegistryHost, base http.RoundTripper, f
 	}
 	out.Authorizer, out.Header = nil, nil
 	out.NewAuthorizer = func(ctx context.Context, repository string) docker.Authorizer {
-		if c, err := e.credentials(ctx, host.Host, repository); err == nil && c != nil && c.RegistryToken != "" {
-			return bearer{host.Host, c.RegistryToken}
+		n := &noticing{find: e.credentials, keychain: e.cfg.Keychain, host: host.Host, repository: repository}
+		if c, err := n.credentials(ctx, host.Host); err == nil && c != nil && c.RegistryToken != "" {
+			n.Authorizer = bearer{host.Host, c.RegistryToken}
+			return n
 		}
 		ctx = context.WithoutCancel(ctx) // tokens are others' too
-		return docker.NewDockerAuthorizer(docker.WithAuthClient(out.Client), docker.WithAuthCreds(func(host string) (string, string, error) { return e.login(ctx, host, repository) }))
+		n.Authorizer = docker.NewDockerAuthorizer(docker.WithAuthClient(out.Client), docker.WithAuthCreds(func(host string) (string, string, error) { return login(ctx, host, n.credentials) }))
+		return n
 	}
 	return out
 }
@@ -475,8 +478,8 @@ func silent(ctx context.Context) context.Context {
 
 // login finds what opens a host, in the form that containerd's authorizer wants. It is
 // bounded by the keychain.
-func (e *Endpoints) login(ctx context.Context, host, repository string) (user, secret string, err error) {
-	c, err := e.credentials(ctx, host, repository)
+func login(ctx context.Context, host string, find func(context.Context, string) (*Credentials, error)) (user, secret string, err error) {
+	c, err := find(ctx, host)
 	if err != nil || c == nil {
 		return "", "", err
 	}

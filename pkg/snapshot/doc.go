@@ -13,6 +13,7 @@
 //   - A nydus layer is one only while containerd unpacks an image, and by a
 //     record that is written then. Labels on a container's snapshot, which a pod
 //     can choose, select nothing.
+//   - Credentials in labels are ignored, which is said, and not kept.
 //   - A bootstrap is opened beneath its layer without following links, must be a
 //     regular file of bounded size, and is read before the layer is committed:
 //     a hostile image fails to be pulled, not to be mounted.

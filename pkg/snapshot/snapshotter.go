@@ -70,11 +70,12 @@ type Options struct {
 
 // Snapshotter implements containerd's Snapshotter and Cleaner.
 type Snapshotter struct {
-	snapshots.Snapshotter // overlay; Stat, Update, Usage, Walk and Remove are its own
+	snapshots.Snapshotter // overlay; Stat, Usage, Walk and Remove are its own
 
 	o       Options
 	store   *storage.MetaStore
 	overlay []string // options of every overlay mount, the wrapped one's too
+	ignored ignored
 }
 
 var (
@@ -151,6 +152,8 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	if err != nil {
 		return nil, err
 	}
+	s.ignored.warn(ctx, labels)
+	labels, opts = cleaned(labels), withoutSecrets(opts)
 	kind, err := classify(key, parent, labels)
 	if err != nil {
 		return nil, fmt.Errorf("prepare %s%s: %w", key, ofImage(labels[labelImage]), err)
@@ -174,7 +177,7 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 
 // View implements snapshots.Snapshotter.
 func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
-	mounts, err := s.Snapshotter.View(ctx, key, parent, opts...)
+	mounts, err := s.Snapshotter.View(ctx, key, parent, withoutSecrets(opts)...)
 	return s.extendNew(ctx, key, mounts, err)
 }
 
@@ -269,7 +272,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 			return err
 		}
 	}
-	return s.Snapshotter.Commit(ctx, name, key, opts...)
+	return s.Snapshotter.Commit(ctx, name, key, withoutSecrets(opts)...)
 }
 
 // admit writes the record of a bootstrap layer before it is committed.

@@ -424,8 +424,8 @@ func (n *Node) WaitDaemons(want int, within time.Duration) error {
 	}
 }
 
-// RunEntries lists what lies in the run directory beside plain files at its top
-// and keys: instances with all their directories, sockets, records, mounts. It is
+// RunEntries lists what lies in the run directory beside plain files at its top,
+// keys and credentials: instances with all their directories, sockets, records, mounts. It is
 // empty when no image is mounted. It touches no mount.
 func (n *Node) RunEntries() []string {
 	mounts, files := n.runEntries()
@@ -446,7 +446,7 @@ func (n *Node) runEntries() (mounts, files []string) {
 		}
 	}
 	_ = filepath.WalkDir(n.cfg.RunDir, func(path string, d fs.DirEntry, err error) error {
-		if mounted[path] || path == filepath.Join(n.cfg.RunDir, "keys") {
+		if mounted[path] || path == filepath.Join(n.cfg.RunDir, "keys") || path == filepath.Join(n.cfg.RunDir, "credentials") {
 			return fs.SkipDir
 		}
 		top := filepath.Dir(path) == n.cfg.RunDir

@@ -1,0 +1,78 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
+)
+
+// noticing is an authorizer that tells the keychain which credentials are refused.
+type noticing struct {
+	docker.Authorizer
+	find             func(ctx context.Context, host, repository string) (*Credentials, error)
+	keychain         Keychain
+	host, repository string
+
+	mu   sync.Mutex
+	used *Credentials // what the host got last
+}
+
+// credentials finds what opens a host, and remembers it.
+func (n *noticing) credentials(ctx context.Context, host string) (*Credentials, error) {
+	c, err := n.find(ctx, host, n.repository)
+	if host == n.host && err == nil {
+		n.mu.Lock()
+		n.used = c
+		n.mu.Unlock()
+	}
+	return c, err
+}
+
+// Authorize implements docker.Authorizer.
+func (n *noticing) Authorize(ctx context.Context, r *http.Request) error {
+	err := n.Authorizer.Authorize(ctx, r)
+	var status remoteerrors.ErrUnexpectedStatus
+	if errors.As(err, &status) && (status.StatusCode == http.StatusUnauthorized || status.StatusCode == http.StatusForbidden) {
+		n.refused() // by the token server
+	}
+	return err
+}
+
+// AddResponses implements docker.Authorizer.
+func (n *noticing) AddResponses(ctx context.Context, responses []*http.Response) error {
+	err := n.Authorizer.AddResponses(ctx, responses)
+	if errors.Is(err, docker.ErrInvalidAuthorization) {
+		n.refused()
+	}
+	return err
+}
+
+// refused tells the keychain what was refused.
+func (n *noticing) refused() *Credentials {
+	n.mu.Lock()
+	used := n.used
+	n.mu.Unlock()
+	if k, ok := n.keychain.(Refuser); ok && used != nil {
+		k.Refused(n.host, n.repository, used)
+	}
+	return used
+}
+
+// refusedAnew tells that a host refused what it has only just issued itself, and
+// reports whether there is something else to try.
+func (s *session) refusedAnew(ctx context.Context) bool {
+	n, ok := s.authorizer.(*noticing)
+	if !ok {
+		return false
+	}
+	used := n.refused()
+	if used == nil {
+		return false
+	}
+	other, err := n.find(ctx, n.host, n.repository)
+	return err == nil && !other.Opens(used)
+}
