@@ -39,7 +39,7 @@ type Config struct {
 	Remote Remote `toml:"remote"`
 
 	// Backends says of which images the blobs are elsewhere than in their registry.
-	Backends []Backend `toml:"backend"`
+	Backends    []Backend         `toml:"backend"`
 	Credentials CredentialSources `toml:"credentials"`
 }
 

@@ -132,18 +132,7 @@ func (p *Part) do(ctx context.Context, host Endpoint) (*http.Response, error) {
 	s := p.f.session(ctx, p.blob, host, nil)
 	for tries := 1; ; tries++ {
 		resp, err := p.challenge(ctx, host, s)
-		again := err != nil && isTransient(err) && errors.Is(err, errAuthorize)
-		if err == nil && (resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden) {
-			// A token that has expired; some say 403 then. Not that of a redirect.
-			again = resp.Request.Response == nil && resp.Request.Header.Get("Authorization") != ""
-		}
-		if again && tries > 1 && resp != nil {
-			// It is new, so that this is about the credentials that it came from.
-			again = s.refusedAnew(ctx)
-		} else if tries > 1 {
-			again = false
-		}
-		if !again || tries > maxLogins {
+		if tries > maxLogins || !s.again(ctx, resp, err, tries == 1) {
 			return resp, err
 		}
 		if resp != nil {
@@ -151,6 +140,25 @@ func (p *Part) do(ctx context.Context, host Endpoint) (*http.Response, error) {
 		}
 		s = p.f.session(ctx, p.blob, host, s)
 	}
+}
+
+// again tells whether a request may succeed with a session that follows this one.
+func (s *session) again(ctx context.Context, resp *http.Response, err error, first bool) bool {
+	switch {
+	case errors.Is(err, errAuthorize) && errors.Is(err, ErrRefused):
+		return s.hasOther(ctx)
+	case err != nil:
+		return first && errors.Is(err, errAuthorize)
+	case resp.StatusCode != http.StatusUnauthorized && resp.StatusCode != http.StatusForbidden:
+		return false
+	case resp.Request.Response != nil || resp.Request.Header.Get("Authorization") == "":
+		return false // it is about a redirect, or there is nothing to renew
+	case first:
+		return true // a token that has expired; some say 403 then
+	}
+	// It is new, so that this is about the credentials that it came from.
+	s.refused()
+	return s.hasOther(ctx)
 }
 
 // maxLogins bounds how many credentials are tried for one request.

@@ -52,27 +52,31 @@ func (n *noticing) AddResponses(ctx context.Context, responses []*http.Response)
 }
 
 // refused tells the keychain what was refused.
-func (n *noticing) refused() *Credentials {
-	n.mu.Lock()
-	used := n.used
-	n.mu.Unlock()
-	if k, ok := n.keychain.(Refuser); ok && used != nil {
-		k.Refused(n.host, n.repository, used)
+func (n *noticing) refused() {
+	if k, ok := n.keychain.(Refuser); ok && n.last() != nil {
+		k.Refused(n.host, n.repository, n.last())
 	}
-	return used
 }
 
-// refusedAnew tells that a host refused what it has only just issued itself, and
-// reports whether there is something else to try.
-func (s *session) refusedAnew(ctx context.Context) bool {
-	n, ok := s.authorizer.(*noticing)
-	if !ok {
-		return false
+func (n *noticing) last() *Credentials {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.used
+}
+
+// refused says that a host refused what it has only just issued itself.
+func (s *session) refused() {
+	if n, ok := s.authorizer.(*noticing); ok {
+		n.refused()
 	}
-	used := n.refused()
-	if used == nil {
+}
+
+// hasOther tells whether there are other credentials to try than those of the session.
+func (s *session) hasOther(ctx context.Context) bool {
+	n, ok := s.authorizer.(*noticing)
+	if !ok || n.last() == nil {
 		return false
 	}
 	other, err := n.find(ctx, n.host, n.repository)
-	return err == nil && !other.Opens(used)
+	return err == nil && !other.Opens(n.last())
 }
