@@ -65,7 +65,13 @@ func named(b snapshot.Backend, err error, ref, rule string) (snapshot.Backend, e
 		}
 		return err
 	}
-	render, open := b.Config, b.Credentials
+	render, open, change := b.Config, b.Credentials, b.ForMount
+	if change != nil {
+		b.ForMount = func(ctx context.Context) (snapshot.Backend, error) {
+			b, err := change(ctx)
+			return named(b, err, ref, rule)
+		}
+	}
 	if render != nil {
 		b.Config = func(cacheDir string) (string, error) {
 			text, err := render(cacheDir)
@@ -185,16 +191,47 @@ func (b backends) registry(ctx context.Context, ref string) (snapshot.Backend, e
 		Type: nydusd.BackendRegistry, Scheme: at.Scheme, Host: at.Host, Repository: at.Repository, SkipVerify: at.SkipVerify,
 	})
 	out.Credentials = func(ctx context.Context, _ string) (*mountspec.Credentials, error) {
-		c, err := b.keychain.Credentials(ctx, at.Host, at.Repository)
-		if err != nil || c == nil {
-			return nil, err
+		return directCredentials(ctx, b.keychain, at)
+	}
+	if b.remote.Gateway == config.GatewayAuto {
+		direct := out
+		out.ForMount = func(ctx context.Context) (snapshot.Backend, error) {
+			need, err := credentialsNeed(ctx, b.keychain, at)
+			if err != nil || need == "" {
+				return direct, err
+			}
+			route.Needs = append(route.Needs, need)
+			return b.throughGateway(direct, ref, route), nil
 		}
-		if c.IdentityToken != "" {
-			return nil, fmt.Errorf(`credentials for %s from %s: the login is an identity token, which nydusd cannot use by itself; set remote.gateway = "always" and run the gateway, or log in with a user name and an access token`, at.Host, c.Source)
-		}
-		return &mountspec.Credentials{Auth: c.Auth, RegistryToken: c.RegistryToken}, nil
 	}
 	return out, nil
+}
+
+// directCredentials are those that nydusd gets for a registry.
+func directCredentials(ctx context.Context, keychain registry.Keychain, at registry.Backend) (*mountspec.Credentials, error) {
+	c, err := keychain.Credentials(ctx, at.Host, at.Repository)
+	if err != nil || c == nil {
+		return nil, err
+	}
+	if c.IdentityToken != "" {
+		return nil, fmt.Errorf(`credentials for %s from %s: the login is an identity token, which nydusd cannot use by itself; set remote.gateway = "auto" and run the gateway, or log in with a user name and an access token`, at.Host, c.Source)
+	}
+	return &mountspec.Credentials{Auth: c.Auth, RegistryToken: c.RegistryToken}, nil
+}
+
+// credentialsNeed tells why nydusd cannot use what opens a registry by itself; it gets
+// that once and keeps it. "" if it can.
+func credentialsNeed(ctx context.Context, keychain registry.Keychain, at registry.Backend) (string, error) {
+	c, err := keychain.Credentials(ctx, at.Host, at.Repository)
+	switch {
+	case err != nil || c == nil:
+		return "", err
+	case c.IdentityToken != "":
+		return fmt.Sprintf("a login that is an identity token (%s)", c.Source), nil
+	case !c.Expires.IsZero():
+		return fmt.Sprintf("credentials that expire (%s)", c.Source), nil
+	}
+	return "", nil
 }
 
 // viaGateway tells whether nydusd is to read through the gateway.
@@ -205,6 +242,7 @@ func viaGateway(r config.Remote, route registry.Route) bool {
 // throughGateway points nydusd at the gateway, which has to be there when the image is
 // mounted.
 func (b backends) throughGateway(out snapshot.Backend, ref string, route registry.Route) snapshot.Backend {
+	out.CAFile = "" // the gateway is on this machine
 	address := b.remote.GatewayAddress
 	out.Config = b.rendered(nydusd.Backend{Type: nydusd.BackendRegistry, Scheme: "http", Host: address, Repository: route.Repository, Retries: gatewayRetries, Fixed: true})
 	out.Credentials = func(ctx context.Context, instance string) (*mountspec.Credentials, error) {

@@ -1,14 +1,17 @@
 package main
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
+	"github.com/nydusfs/nydus-snapshotter/pkg/registry"
 )
 
 func rules() []config.Backend {
@@ -199,5 +202,57 @@ func TestConfigCheckLooksIntoFiles(t *testing.T) {
 	cfg.Daemon.ConfigTemplate, cfg.Backends = "", cfg.Backends[:4]
 	if err := checkFiles("f.toml", cfg); err != nil {
 		t.Error(err)
+	}
+}
+
+// oneLogin has one login for everything.
+type oneLogin registry.Credentials
+
+func (k oneLogin) Credentials(context.Context, string, string) (*registry.Credentials, error) {
+	c := registry.Credentials(k)
+	return &c, nil
+}
+
+// Credentials that nydusd could not renew take the gateway, unless that is never used. It
+// is then needed when the image is mounted, and not before.
+func TestCredentialsThatExpire(t *testing.T) {
+	nobody := "127.0.0.1:1"
+	for name, c := range map[string]struct {
+		login   registry.Credentials
+		gateway config.Gateway
+		through bool
+		refused string
+	}{
+		"lasting":        {registry.Credentials{Auth: "dTpw", Source: "a"}, config.GatewayAuto, false, ""},
+		"expiring":       {registry.Credentials{Auth: "dTpw", Source: "plugin x", Expires: time.Now().Add(time.Hour)}, config.GatewayAuto, true, "credentials that expire (plugin x)"},
+		"identity":       {registry.Credentials{IdentityToken: "canary", Source: "b"}, config.GatewayAuto, true, "identity token (b)"},
+		"never":          {registry.Credentials{Auth: "dTpw", Source: "a", Expires: time.Now()}, config.GatewayNever, false, ""},
+		"never identity": {registry.Credentials{IdentityToken: "canary", Source: "b"}, config.GatewayNever, false, "identity token"},
+	} {
+		r := config.Remote{Gateway: c.gateway, GatewayAddress: nobody}
+		b := backends{tuning: tuningOf(""), remote: r, keychain: oneLogin(c.login), endpoints: endpoints(r, oneLogin(c.login))}
+		got, err := b.Backend(t.Context(), "r.example/a/b:1", "")
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if got.ForMount != nil {
+			if got, err = got.ForMount(t.Context()); err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+		}
+		if got.Host != "r.example" || got.Repository != "a/b" {
+			t.Errorf("%s: it is %s %s", name, got.Host, got.Repository)
+		}
+		text, err := got.Config("/cache")
+		if err != nil || strings.Contains(text, nobody) != c.through || strings.Contains(text, `"r.example"`) == c.through {
+			t.Errorf("%s: %s, %v", name, text, err)
+		}
+		opened, err := got.Credentials(t.Context(), "instance")
+		if c.refused == "" && (err != nil || opened.Auth != c.login.Auth) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if c.refused != "" && (err == nil || !strings.Contains(err.Error(), c.refused) || strings.Contains(err.Error(), "canary")) {
+			t.Errorf("%s: %v, want %s", name, err, c.refused)
+		}
 	}
 }

@@ -78,11 +78,19 @@ func checkRegistry(c *cli.Context) error {
 	if err != nil {
 		return fmt.Errorf("registry check: %w", err)
 	}
+	if cfg.Remote.Gateway == config.GatewayAuto && len(route.Needs) == 0 {
+		// What is wrong with either the check itself says.
+		if at, err := route.Direct(c.Context); err == nil {
+			if need, _ := credentialsNeed(c.Context, logins, at); need != "" {
+				route.Needs = append(route.Needs, need)
+			}
+		}
+	}
 	out := checked{Image: image, Gateway: viaGateway(cfg.Remote, route), Needs: append([]string{}, route.Needs...)}
 	if out.Hosts, err = hosts.Check(c.Context, image); err != nil {
 		return fmt.Errorf("registry check: %w", err)
 	}
-	wrong := out.try(c.Context, cfg, route)
+	wrong := out.try(c.Context, cfg, route, logins)
 	if out.Works = wrong == nil; !out.Works {
 		out.Why = wrong.Error()
 		wrong = fmt.Errorf("registry check: %w", wrong)
@@ -91,7 +99,7 @@ func checkRegistry(c *cli.Context) error {
 }
 
 // try returns why a mount would not work.
-func (o *checked) try(ctx context.Context, cfg config.Config, route registry.Route) error {
+func (o *checked) try(ctx context.Context, cfg config.Config, route registry.Route, logins registry.Keychain) error {
 	if !slices.ContainsFunc(o.Hosts, registry.Report.Works) {
 		return fmt.Errorf("no host gives out the blobs of %s", o.Image)
 	}
@@ -115,7 +123,8 @@ func (o *checked) try(ctx context.Context, cfg config.Config, route registry.Rou
 			return fmt.Errorf("nydusd would read from %s alone, which does not give out the blobs: %s", h.Host, line(h.Blob))
 		}
 	}
-	return nil
+	_, err = directCredentials(ctx, logins, at)
+	return err
 }
 
 func (o checked) print(w io.Writer, format string) error {

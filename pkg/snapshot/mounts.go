@@ -134,6 +134,9 @@ func (s *Snapshotter) sealed(spec *mountspec.Spec) ([]mount.Mount, error) {
 func (s *Snapshotter) spec(ctx context.Context, id string, im *image) (*mountspec.Spec, error) {
 	r := im.record
 	backend, err := s.o.Backends.Backend(ctx, r.Image, r.Backend)
+	if err == nil && backend.ForMount != nil {
+		backend, err = backend.ForMount(ctx)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -32,6 +32,9 @@ type Backend struct {
 	// Credentials finds what opens the backend for an instance of the image, and
 	// returns nil when it is to be used without. A nil function is one that does.
 	Credentials func(ctx context.Context, instance string) (*mountspec.Credentials, error)
+	// ForMount returns the backend as a mount needs it now, which may depend on what
+	// is not asked before; nil when it is this one.
+	ForMount func(ctx context.Context) (Backend, error)
 }
 
 // Backends finds an image's backend.
