@@ -38,9 +38,10 @@ const (
 	// looked for there and nowhere else.
 	runDir = "/run/nydus-snapshotter"
 	// soon bounds everything that should happen at once, patience what may wait for
-	// servers that are ill.
+	// servers that are ill. atOnce is less than the gateway asks again for.
 	soon     = 30 * time.Second
 	patience = 3 * time.Minute
+	atOnce   = 15 * time.Second
 	// repository and tag are those of the lab's image, whatever the registry is called.
 	repository = "team/image"
 	tag        = "1"

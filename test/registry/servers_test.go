@@ -209,7 +209,11 @@ func (l *lab) mistakes(list []server) {
 		}
 		name := fmt.Sprintf("mistake%d.test", i)
 		l.hosts(name, s.toml)
+		begun := time.Now()
 		got, err := l.get(l.capability(v.instance, name), 0, 100)
+		if took := time.Since(begun); took > atOnce {
+			t.Errorf("%s with a mistake: refused after %s only, though asking again is of no use", s.name, took)
+		}
 		if err != nil || got.status != http.StatusBadGateway {
 			t.Errorf("%s with a mistake: %v, status %d", s.name, err, got.status)
 		}
