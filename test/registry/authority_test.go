@@ -85,4 +85,3 @@ func (a *authority) pool() *x509.CertPool {
 	p.AddCert(a.cert)
 	return p
 }
-

@@ -21,6 +21,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"github.com/pelletier/go-toml/v2"
+	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/gateway"
@@ -31,7 +32,10 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
 
-func TestMain(m *testing.M) { kit.Main(m) }
+func TestMain(m *testing.M) {
+	zerolog.SetGlobalLevel(zerolog.Disabled) // toxiproxy's
+	kit.Main(m)
+}
 
 const (
 	// runDir is the one that programs use unless told otherwise: the sealing keys are

@@ -147,4 +147,3 @@ func (s *tokenServer) refuseEnded(next http.Handler) http.Handler {
 		http.Error(w, `{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}`, http.StatusUnauthorized)
 	})
 }
-
