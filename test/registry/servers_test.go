@@ -29,8 +29,8 @@ type server struct {
 	needs string
 	tls   string // as registry check has it
 	as    *login
-	// check fails the test unless the server has seen what it should.
-	check func(*testing.T)
+	key   pair         // the client's, when it has one
+	from  *tokenServer // whose tokens it takes; nil for none
 }
 
 // newLogin is a login with a password that is like no other text.
@@ -57,15 +57,11 @@ func (l *lab) servers() []server {
 		{name: "open.test", host: l.store.Host, toml: `server = "http://` + l.store.Host + `"`, tls: "none"},
 		{name: "private-ca.test", host: tls.Host, toml: fmt.Sprintf("server = %q\nca = %q\n", "https://"+tls.Host, ca.file), tls: "verified", needs: "(ca)"},
 		{name: "skip.test", host: tls.Host, toml: fmt.Sprintf("server = %q\nskip_verify = true\n", "https://"+tls.Host), tls: "not verified"},
-		{name: "mutual.test", host: mutual.Host, toml: fmt.Sprintf("server = %q\nca = [%q]\nclient = [[%q, %q]]\n", "https://"+mutual.Host, ca.file, client.cert, client.key), tls: "verified", needs: "(client)"},
+		{name: "mutual.test", host: mutual.Host, toml: fmt.Sprintf("server = %q\nca = [%q]\nclient = [[%q, %q]]\n", "https://"+mutual.Host, ca.file, client.cert, client.key), tls: "verified", needs: "(client)", key: client},
 		{name: "htpasswd.test", host: locked.Host, toml: fmt.Sprintf("server = %q\n", "http://"+locked.Host), tls: "none", as: &alice},
-		{name: "locked-twice.test", host: both.Host, as: &bob, tls: "verified", needs: "(client)",
+		{name: "locked-twice.test", host: both.Host, as: &bob, tls: "verified", needs: "(client)", key: client,
 			toml: fmt.Sprintf("server = %q\nca = %q\nclient = [[%q, %q]]\n", "https://"+both.Host, ca.file, client.cert, client.key)},
-		{name: "tokens.test", host: tokens.Host, as: &carol, toml: fmt.Sprintf("server = %q\n", "http://"+tokens.Host), tls: "none", check: func(t *testing.T) {
-			if len(issuer.tokens()) == 0 {
-				t.Error("no token was ever issued")
-			}
-		}},
+		{name: "tokens.test", host: tokens.Host, as: &carol, toml: fmt.Sprintf("server = %q\n", "http://"+tokens.Host), tls: "none", from: issuer},
 		l.headers(), l.harbor(),
 	}
 }
@@ -91,7 +87,7 @@ func (l *lab) harbor() server {
 	issuer := newTokenServer(l.t, robot, 2*time.Second)
 	real := l.registry(kit.RegistryOptions{Of: l.store, Token: issuer.config()})
 	f := newFront(l.t, http.StripPrefix("/v2/proxy", inside("/v2", issuer.refuseEnded(before(real, nil)))))
-	return server{name: "harbor.test", host: f.Host, as: &robot, tls: "none", needs: "(override_path)",
+	return server{name: "harbor.test", host: f.Host, as: &robot, tls: "none", needs: "(override_path)", from: issuer,
 		toml: fmt.Sprintf("[host.%q]\noverride_path = true\ncapabilities = [\"pull\", \"resolve\"]\n", "http://"+f.Host+"/v2/proxy") +
 			// The registry itself is not to be asked.
 			"[host.\"http://127.0.0.1:1\"]\ncapabilities = [\"push\"]\n"}
@@ -128,8 +124,8 @@ func TestServers(t *testing.T) {
 		t.Run(s.name, func(t *testing.T) {
 			l := l.in(t)
 			l.reads(s.name)
-			if s.check != nil {
-				s.check(t)
+			if s.from != nil && len(s.from.tokens()) == 0 {
+				t.Error("no token was ever issued")
 			}
 			l.direct(s)
 			said, err := l.checked("auto", s.name)
