@@ -75,7 +75,7 @@ type Registry struct {
 	storage string
 	daemon  *Daemon
 	proxy   io.Closer
-	hook   atomic.Pointer[Hook]
+	hook    atomic.Pointer[Hook]
 
 	mu       sync.Mutex
 	requests []Request

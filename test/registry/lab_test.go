@@ -14,7 +14,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -339,20 +338,6 @@ func (l *lab) log() string {
 	text, err := os.ReadFile(l.gw.Log)
 	must(l.t, err)
 	return string(text)
-}
-
-// said waits until the gateway has said something.
-func (l *lab) said(what ...string) {
-	l.t.Helper()
-	kit.Eventually(l.t, fmt.Sprintf("the gateway's log has %q", what), soon, func() bool {
-		text := l.log()
-		for _, w := range what {
-			if !strings.Contains(text, w) {
-				return false
-			}
-		}
-		return true
-	})
 }
 
 func must(t *testing.T, err error) {
