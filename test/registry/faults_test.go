@@ -1,6 +1,7 @@
 package registry_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"maps"
@@ -65,9 +66,9 @@ func newCluster(t *testing.T) *cluster {
 }
 
 // illnesses are all that can be wrong with a host.
-func (c *cluster) illnesses() (list []*fault) {
-	nowhere := "http://" + deadHost(c.t)
-	empty := newFront(c.t, http.NotFoundHandler())
+func (l *lab) illnesses() (list []*fault) {
+	nowhere := "http://" + deadHost(l.t)
+	empty := newFront(l.t, http.NotFoundHandler())
 	all := []*fault{
 		down(), hang(), halved(), shortened(), oversized(), wrong(), page(),
 		status(http.StatusTooManyRequests, "Retry-After", "1"), status(http.StatusInternalServerError), status(http.StatusBadGateway),
@@ -172,6 +173,70 @@ func TestRandomFaults(t *testing.T) {
 	t.Logf("%d rounds, %d tokens; requests by what was wrong with the host: %v", rounds, len(c.issuer.tokens()), met)
 	if names := slices.Collect(maps.Keys(met)); len(names) < 5 || rounds < 2 {
 		t.Errorf("%d rounds, faults %q: too few to prove anything", rounds, names)
+	}
+}
+
+// TestEachFault asks the gateway, and so without nydusd's asking again, for a part of a
+// blob that the first host spoils: it comes from the next one.
+func TestEachFault(t *testing.T) {
+	l := newLab(t, manyFiles(t))
+	l.hosts("base.test", `server = "http://`+l.store.Host+`"`)
+	v := l.mustMount("base.test")
+	defer v.unmount()
+	list := l.illnesses()
+	fronts := make([]*front, len(list))
+	for i, with := range list {
+		fronts[i] = newFront(t, before(l.store, nil))
+		fronts[i].spoil(with)
+	}
+	const most = 600_000
+	blob := l.blob()[:most]
+	t.Run("all", func(t *testing.T) {
+		for i, with := range list {
+			t.Run(with.name, func(t *testing.T) {
+				t.Parallel()
+				l := l.in(t)
+				name := fmt.Sprintf("fault-%d.test", i)
+				l.hosts(name, fmt.Sprintf("server = %q\n[host.%q]\n", "http://"+l.store.Host, "http://"+fronts[i].Host))
+				got, err := l.get(l.capability(v.instance, name), 5, len(blob)-5)
+				if err != nil || got.status != http.StatusPartialContent || !bytes.Equal(got.body, blob[5:]) {
+					t.Errorf("%v, status %d, %d bytes of %d, right: %v", err, got.status, len(got.body), len(blob)-5, bytes.HasPrefix(blob[5:], got.body))
+				}
+				if !with.down && blobs(fronts[i].requests()) == 0 {
+					t.Error("the host that is ill was never asked")
+				}
+			})
+		}
+	})
+}
+
+// TestTrickle has a mirror that is so slow that nydusd gives up on what it gives out. It
+// never stops for long, but the registry behind it is well.
+func TestTrickle(t *testing.T) {
+	c := newCluster(t)
+	v := c.mustMount(clusterName)
+	defer v.unmount()
+	v.gets(clusterName)
+	c.hosts[0].spoil(toxic("bandwidth", map[string]any{"rate": 1}))
+	c.hosts[1].spoil(toxic("bandwidth", map[string]any{"rate": 1}))
+	begun := time.Now()
+	read := make(chan error, 1)
+	go func() {
+		_, err := os.ReadFile(filepath.Join(v.dir, "file-39"))
+		read <- err
+	}()
+	select {
+	case err := <-read:
+		if err != nil {
+			t.Errorf("read while one host is well: %v after %s", err, time.Since(begun))
+		}
+		t.Logf("read after %s", time.Since(begun))
+	case <-time.After(time.Minute):
+		t.Error("300 KB are not read within a minute, while one host is well")
+		for _, f := range c.hosts {
+			f.spoil(nil)
+		}
+		<-read
 	}
 }
 

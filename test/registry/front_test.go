@@ -143,7 +143,7 @@ func blobs(list []seen) (n int) {
 // The faults of answers.
 
 func status(code int, header ...string) *fault {
-	return &fault{name: fmt.Sprintf("%d %s", code, strings.Join(header, " ")), serve: func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
+	return &fault{name: fmt.Sprint(code), serve: func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
 		for i := 0; i+1 < len(header); i += 2 {
 			w.Header().Set(header[i], header[i+1])
 		}
