@@ -117,12 +117,12 @@ test-unit: need-root tools build ## the tests beside the code, with the race det
 test-e2e: need-root tools build ## conventions, end to end and kill points, with both nydusd (root)
 	cd test && $(GO) vet ./... && $(GO) test -p $(JOBS) -count=1 -timeout 60m -run '$(RUN)' ./...
 	@echo "== with the oldest supported nydusd"
-	cd test && NYDUS_DAEMON=old $(GO) test -p $(JOBS) -count=1 -timeout 60m -run '$(RUN)' ./mount ./e2e
+	cd test && NYDUS_DAEMON=old $(GO) test -p $(JOBS) -count=1 -timeout 60m -run '$(RUN)' ./mount ./e2e ./registry
 
 .PHONY: soak
-soak: need-root tools build ## the whole kill matrix, 50 kills in each cell, and the random soak, for SOAK_TIME (root, hours)
+soak: need-root tools build ## the whole kill matrix, 50 kills in each cell, the random soak and random faults of registries, for SOAK_TIME each (root, hours)
 	cd test && CRASH_CELLS=all CRASH_KILLS=$${CRASH_KILLS:-50} SOAK_TIME=$${SOAK_TIME:-30m} \
-	  $(GO) test -count=1 -v -timeout 24h -run '$(RUN)' ./crash
+	  $(GO) test -p 1 -count=1 -v -timeout 24h -run '$(RUN)' ./crash ./registry
 
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME

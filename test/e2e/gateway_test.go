@@ -4,11 +4,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
 	"os"
-	osexec "os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -18,69 +17,32 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
 
-// gatewayOf is the registry gateway of a node. Its socket is the test's, as systemd
-// has it, and stays when it ends.
+// gatewayOf is a node with the registry gateway.
 type gatewayOf struct {
-	t      *testing.T
-	n      *kit.Node
-	socket *os.File
-	log    string
-	cmd    *osexec.Cmd
-}
-
-// listenFor makes the gateway's socket.
-func listenFor(t *testing.T) (*os.File, string) {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	f, err := l.(*net.TCPListener).File()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { f.Close() })
-	return f, l.Addr().String()
+	*kit.Gateway
+	t *testing.T
+	n *kit.Node
 }
 
 func (g *gatewayOf) start() {
 	g.t.Helper()
-	log, err := os.OpenFile(g.log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-	if err != nil {
-		g.t.Fatal(err)
-	}
-	defer log.Close()
-	g.cmd = g.n.Command(g.t.Context(), "sh", "-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec nydus-snapshotter gateway --config "$1"`, "sh", g.n.SnapshotterConfig())
-	g.cmd.Stdout, g.cmd.Stderr, g.cmd.ExtraFiles = log, log, []*os.File{g.socket}
-	if err := g.cmd.Start(); err != nil {
-		g.t.Fatal(err)
-	}
+	g.Start(g.n.SnapshotterConfig(), 0)
 }
 
-func (g *gatewayOf) end(s os.Signal) {
+func (g *gatewayOf) end(s syscall.Signal) {
 	g.t.Helper()
-	if err := g.cmd.Process.Signal(s); err != nil {
+	if err := g.End(s); err != nil {
 		g.t.Fatal(err)
 	}
-	_ = g.cmd.Wait()
 }
 
 // newGateway starts a node whose images are read through the gateway.
 func (s style) newGateway(t *testing.T, config map[string]any) *gatewayOf {
 	t.Helper()
-	socket, address := listenFor(t)
-	config["remote.gateway_address"] = address
-	n := s.node(t, kit.NodeConfig{Config: config})
-	g := &gatewayOf{t: t, n: n, socket: socket, log: filepath.Join(t.TempDir(), "gateway.log")}
+	gateway := kit.NewGateway(t)
+	config["remote.gateway_address"] = gateway.Address
+	g := &gatewayOf{gateway, t, s.node(t, kit.NodeConfig{Config: config})}
 	g.start()
-	t.Cleanup(func() {
-		g.end(unix.SIGTERM)
-		if t.Failed() {
-			text, _ := os.ReadFile(g.log)
-			t.Logf("--- gateway\n%s", text)
-		}
-	})
 	return g
 }
 
@@ -106,7 +68,7 @@ func TestGateway(t *testing.T) {
 				t.Errorf("the registry is asked for %s", req.Path)
 			}
 		}
-		text, err := os.ReadFile(g.log)
+		text, err := os.ReadFile(g.Log)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -218,16 +180,10 @@ func TestMirrors(t *testing.T) {
 	remove(t, c)
 	checked(t, g.n, ref)
 	// Without it: an error that says why it is needed.
-	g.end(unix.SIGTERM)
-	g.socket.Close()
+	if err := g.Close(); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := tryRun(t, g.n, img, "two", kit.RunOptions{}); err == nil || !strings.Contains(err.Error(), "3 hosts") {
 		t.Errorf("without the gateway: %v", err)
 	}
-	socket, address := listenFor(t)
-	g.socket = socket
-	g.n.Configure("remote.gateway_address", address)
-	if err := g.n.RestartSnapshotter(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	g.start()
 }

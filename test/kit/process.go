@@ -36,6 +36,11 @@ func startDaemon(name, log string, env, argv []string) (*Daemon, error) {
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Env, cmd.Stdout, cmd.Stderr = env, out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	return start(name, log, cmd)
+}
+
+// start starts a command that is a server.
+func start(name, log string, cmd *exec.Cmd) (*Daemon, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}

@@ -27,6 +27,29 @@ import (
 // open registry.
 type RegistryOptions struct {
 	User, Password string // basic authentication when User is not empty
+	// Of is a registry whose content this one serves too: another door to the same
+	// blobs.
+	Of *Registry
+	// TLS makes the registry itself speak https. Nothing can see its requests then,
+	// and nobody pushes to it: see Of.
+	TLS *RegistryTLS
+	// Token makes it want tokens of a token server.
+	Token *RegistryToken
+}
+
+// RegistryTLS names files in PEM.
+type RegistryTLS struct {
+	Certificate, Key string
+	// ClientCA is whose certificates clients must show; empty for none.
+	ClientCA string
+}
+
+// RegistryToken is a token server as the registry knows it. The registry accepts a
+// token for a minute after its end.
+type RegistryToken struct {
+	Realm, Service, Issuer string
+	// Roots is a file in PEM: whose certificates sign tokens.
+	Roots string
 }
 
 // Request is one answered request, as the registry's clients made it.
@@ -44,14 +67,15 @@ type Request struct {
 // storage of its own, behind a proxy that records each request and lets tests
 // interfere.
 type Registry struct {
-	Host           string // 127.0.0.1:PORT, plain HTTP
+	Host           string // 127.0.0.1:PORT, plain HTTP without RegistryOptions.TLS
 	User, Password string // as in the options
 	Log            string // path of the registry's own log
 
-	t      TB
-	daemon *Daemon
-	proxy  *http.Server
-	hook   atomic.Pointer[Hook]
+	t       TB
+	storage string
+	daemon  *Daemon
+	proxy   io.Closer
+	hook    atomic.Pointer[Hook]
 
 	mu       sync.Mutex
 	requests []Request
@@ -72,8 +96,11 @@ func NewRegistry(t TB, opts RegistryOptions) *Registry {
 	number := registries.Add(1)
 	dir := filepath.Join(Scratch(), fmt.Sprintf("registry-%d", number))
 	socket := filepath.Join(RunRoot, fmt.Sprintf("registry-%d.sock", number))
-	r := &Registry{User: opts.User, Password: opts.Password, Log: filepath.Join(dir, "registry.log"), t: t}
-	config, err := r.writeConfig(dir, socket)
+	r := &Registry{User: opts.User, Password: opts.Password, Log: filepath.Join(dir, "registry.log"), storage: filepath.Join(dir, "storage"), t: t}
+	if opts.Of != nil {
+		r.storage = opts.Of.storage
+	}
+	config, err := r.writeConfig(dir, socket, opts)
 	if err != nil {
 		t.Fatalf("new registry: %v", err)
 	}
@@ -90,33 +117,47 @@ func NewRegistry(t TB, opts RegistryOptions) *Registry {
 	if err := r.daemon.ready(t.Context(), socket); err != nil {
 		t.Fatalf("new registry: %v", err)
 	}
-	if err := r.serve(socket); err != nil {
+	serve := r.serve
+	if opts.TLS != nil {
+		serve = r.forward
+	}
+	if err := serve(socket); err != nil {
 		t.Fatalf("new registry: %v", err)
 	}
 	t.Cleanup(func() { _ = r.proxy.Close() })
 	return r
 }
 
-func (r *Registry) writeConfig(dir, socket string) (string, error) {
-	if err := os.MkdirAll(filepath.Join(dir, "storage"), 0o755); err != nil {
+func (r *Registry) writeConfig(dir, socket string, opts RegistryOptions) (string, error) {
+	if err := errors.Join(os.MkdirAll(dir, 0o755), os.MkdirAll(r.storage, 0o755)); err != nil {
 		return "", err
 	}
 	var secret [16]byte
 	if _, err := unix.Getrandom(secret[:], 0); err != nil {
 		return "", err
 	}
+	server := map[string]any{"net": "unix", "addr": socket, "relativeurls": true, "secret": fmt.Sprintf("%x", secret)}
+	if opts.TLS != nil {
+		tls := map[string]any{"certificate": opts.TLS.Certificate, "key": opts.TLS.Key}
+		if opts.TLS.ClientCA != "" {
+			tls["clientcas"] = []string{opts.TLS.ClientCA}
+		}
+		server["tls"] = tls
+	}
 	config := map[string]any{
 		"version": "0.1",
 		"log":     map[string]any{"level": "warn", "accesslog": map[string]any{"disabled": true}},
 		"storage": map[string]any{
-			"filesystem":  map[string]any{"rootdirectory": filepath.Join(dir, "storage")},
+			"filesystem":  map[string]any{"rootdirectory": r.storage},
 			"delete":      map[string]any{"enabled": true},
 			"maintenance": map[string]any{"uploadpurging": map[string]any{"enabled": false}},
 		},
-		"http": map[string]any{
-			"net": "unix", "addr": socket, "relativeurls": true,
-			"secret": fmt.Sprintf("%x", secret),
-		},
+		"http": server,
+	}
+	if opts.Token != nil {
+		config["auth"] = map[string]any{"token": map[string]any{
+			"realm": opts.Token.Realm, "service": opts.Token.Service, "issuer": opts.Token.Issuer, "rootcertbundle": opts.Token.Roots,
+		}}
 	}
 	if r.User != "" {
 		hash, err := bcrypt.GenerateFromPassword([]byte(r.Password), bcrypt.MinCost)
@@ -159,9 +200,48 @@ func (r *Registry) serve(socket string) error {
 		// A client that goes away is no news.
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) { w.WriteHeader(http.StatusBadGateway) },
 	}
-	r.proxy = &http.Server{Handler: r.record(backend), ReadHeaderTimeout: time.Minute}
-	go func() { _ = r.proxy.Serve(listener) }()
+	proxy := &http.Server{Handler: r.record(backend), ReadHeaderTimeout: time.Minute}
+	r.proxy = proxy
+	go func() { _ = proxy.Serve(listener) }()
 	return nil
+}
+
+// forward passes bytes on as they are.
+func (r *Registry) forward(socket string) error {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	r.Host, r.proxy = listener.Addr().String(), listener
+	go func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go splice(client, socket)
+		}
+	}()
+	return nil
+}
+
+// splice connects a client with a socket until both have ended.
+func splice(client net.Conn, socket string) {
+	defer client.Close()
+	server, err := net.Dial("unix", socket)
+	if err != nil {
+		return
+	}
+	defer server.Close()
+	answered := make(chan struct{})
+	go func() {
+		_, _ = io.Copy(client, server)
+		_ = client.(*net.TCPConn).CloseWrite()
+		close(answered)
+	}()
+	_, _ = io.Copy(server, client)
+	_ = server.(*net.UnixConn).CloseWrite()
+	<-answered
 }
 
 // record wraps the hook, so that what a hook answers is recorded as well.
