@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -26,21 +27,47 @@ type source struct {
 	images  *mounted
 }
 
-// Open implements gateway.Source.
+// Open implements gateway.Source. Whole chunks are fetched, since a piece of one cannot be
+// checked. nydusd asks for nothing else.
 func (s source) Open(ctx context.Context, b gateway.Blob, offset, length int64) (gateway.Content, error) {
 	checker, err := s.images.checker(b.Instance, b.Digest)
 	if err != nil {
 		return nil, err
 	}
-	part, err := s.part(ctx, b, offset, length)
-	if err != nil || checker == nil {
-		return part, err
+	if checker == nil {
+		return s.part(ctx, b, offset, length)
 	}
-	reader, err := checker.Reader(ctx, part, offset, part.Left(), part.Size())
+	// Where the table of contents lies is known with the size only.
+	for size := int64(0); ; {
+		v, err := s.verified(ctx, checker, b, offset, length, size)
+		if err == nil || size > 0 || !errors.Is(err, blobcheck.ErrUnaligned) {
+			return v, err
+		}
+		if size, err = s.Size(ctx, b); err != nil {
+			return nil, err
+		}
+	}
+}
+
+func (s source) verified(ctx context.Context, c *blobcheck.Checker, b gateway.Blob, offset, length, size int64) (gateway.Content, error) {
+	first, all := offset, length
+	if length >= 0 {
+		first, all = c.Around(offset, length, size)
+	} else {
+		first, _ = c.Around(offset, 1, size) // to its end
+	}
+	part, err := s.part(ctx, b, first, all)
+	if err != nil {
+		return nil, err
+	}
+	reader, err := c.Reader(ctx, part, first, part.Left(), part.Size())
 	if err != nil {
 		return nil, errors.Join(err, part.Close())
 	}
-	return &verified{part, reader}, nil
+	if length < 0 {
+		length = part.Left() - (offset - first)
+	}
+	return &verified{part: part, reader: reader, skip: offset - first, left: length}, nil
 }
 
 // Size implements gateway.Source.
@@ -65,23 +92,53 @@ func (s source) part(ctx context.Context, b gateway.Blob, offset, length int64) 
 
 // verified is a part of a blob that does not end well when it is not the image's.
 type verified struct {
-	*registry.Part
+	part   *registry.Part
 	reader *blobcheck.Reader
+	// skip is how much comes before what was asked for, left how much of that is still
+	// to be read.
+	skip, left int64
 }
 
-// Read implements io.Reader.
-func (c *verified) Read(p []byte) (int, error) {
-	n, err := c.reader.Read(p)
-	if errors.Is(err, blobcheck.ErrContent) {
-		// Whoever asks again, as nydusd does, gets it from another host.
-		c.Distrust()
-		err = fmt.Errorf("%s gives out something else than the image's bootstrap says: %w", c.Host(), err)
+// Size implements gateway.Content.
+func (v *verified) Size() int64 { return v.part.Size() }
+
+// Left implements gateway.Content.
+func (v *verified) Left() int64 { return v.left }
+
+// Read implements io.Reader. The last bytes come when everything around them is right.
+func (v *verified) Read(p []byte) (int, error) {
+	if v.left == 0 {
+		return 0, io.EOF
 	}
-	return n, err
+	if v.skip > 0 {
+		n, err := io.CopyN(io.Discard, v.reader, v.skip)
+		v.skip -= n
+		if err != nil {
+			return 0, v.blame(err)
+		}
+	}
+	n, err := v.reader.Read(p[:min(int64(len(p)), v.left)])
+	if int64(n) == v.left && err == nil {
+		_, err = io.Copy(io.Discard, v.reader)
+	}
+	if err != nil {
+		return 0, v.blame(err)
+	}
+	v.left -= int64(n)
+	return n, nil
+}
+
+// blame has whoever asks again, as nydusd does, get it from another host.
+func (v *verified) blame(err error) error {
+	if errors.Is(err, blobcheck.ErrContent) {
+		v.part.Distrust()
+		err = fmt.Errorf("%s gives out something else than the image's bootstrap says: %w", v.part.Host(), err)
+	}
+	return err
 }
 
 // Close implements io.Closer.
-func (c *verified) Close() error { return errors.Join(c.reader.Close(), c.Part.Close()) }
+func (v *verified) Close() error { return errors.Join(v.reader.Close(), v.part.Close()) }
 
 // mounted knows of which blobs the images consist that are mounted, and what those
 // contain.

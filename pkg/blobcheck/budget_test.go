@@ -16,14 +16,14 @@ import (
 func TestBudget(t *testing.T) {
 	for name, size := range map[string]int{"small chunks": 4 << 10, "a chunk or two": 300 << 10, "larger than all": 3 << 20} {
 		t.Run(name, func(t *testing.T) {
-			table, blob := synthetic(t, 8, size, rafs.CompressorLZ4, rafs.DigesterBlake3)
+			table, blob := synthetic(t, 4, size, rafs.CompressorLZ4, rafs.DigesterBlake3)
 			budget := NewBudget(1 << 20)
 			c, err := New(table, NewPool(2), budget)
 			if err != nil {
 				t.Fatal(err)
 			}
 			var wg sync.WaitGroup
-			for range 64 {
+			for range 24 {
 				wg.Go(func() {
 					got, _, err := read(t, c, blob, 0, len(blob), len(blob))
 					if err != nil || !bytes.Equal(got, blob) {

@@ -126,6 +126,26 @@ func (c *Checker) parts(offset, end, size int64) parts {
 	return s
 }
 
+// Around returns the least stretch of the blob around length bytes at offset that cuts no
+// chunk and no piece of metadata; size is as for Reader, and so is the returned length.
+func (c *Checker) Around(offset, length, size int64) (first, all int64) {
+	first, end := offset, offset+length
+	widen := func(p part) {
+		if p.offset < end && p.offset+p.size > first {
+			first, end = min(first, p.offset), max(end, p.offset+p.size)
+		}
+	}
+	for _, at := range []int64{offset, end - 1} {
+		if i := c.table.Search(uint64(at)); i < c.table.Len() {
+			widen(chunkPart(c.table.At(i)))
+		}
+	}
+	for _, p := range c.metadata(size) {
+		widen(p)
+	}
+	return first, end - first
+}
+
 // metadata lists the parts behind the chunks of a blob of size bytes.
 func (c *Checker) metadata(size int64) []part {
 	var all []part
