@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
@@ -20,7 +21,7 @@ func TestManyTokens(t *testing.T) {
 		v.gets(clusterName)
 		last := c.issuer.tokens()
 		kit.Eventually(t, "the token has ended", soon, func() bool { return c.issuer.ended(last[len(last)-1]) })
-		errs := make([]error, ranges)
+		errs, begun := make([]error, ranges), time.Now()
 		var all sync.WaitGroup
 		for i := range ranges {
 			all.Go(func() { errs[i] = v.tryGet(clusterName) })
@@ -29,8 +30,10 @@ func TestManyTokens(t *testing.T) {
 		if err := errors.Join(errs...); err != nil {
 			t.Error(err)
 		}
-		if n := len(c.issuer.tokens()) - len(last); n > most {
-			t.Errorf("%d ranges took %d tokens, want %d at most", ranges, n, most)
+		// While a busy machine reads, tokens end again.
+		times := 1 + int(time.Since(begun)/c.issuer.life)
+		if n := len(c.issuer.tokens()) - len(last); n > times*most {
+			t.Errorf("%d ranges took %d tokens in %d of their lives, want %d at most", ranges, n, times, times*most)
 		}
 	}
 }
