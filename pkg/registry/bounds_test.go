@@ -118,6 +118,25 @@ func TestTrickle(t *testing.T) {
 	}
 }
 
+// Of several hosts like that none is asked again and again before one that is well.
+func TestManyTrickle(t *testing.T) {
+	one, two, three, good := newSource(t), newSource(t), newSource(t), newSource(t)
+	e, _ := setup(t, "", one, two, three, good)
+	for _, s := range []*source{one, two, three} {
+		s.fail(func(w http.ResponseWriter, r *http.Request) {
+			serve(&trickle{ResponseWriter: w, stop: r.Context().Done()}, r)
+		})
+	}
+	const slow = 300 * time.Millisecond
+	f := NewFetcher(FetcherConfig{Finder: e, AnswerTimeout: 5 * time.Second, StallTimeout: slow, Avoid: slow})
+	mustRead(t, f, 0, 1<<20)
+	for _, s := range []*source{one, two, three} {
+		if n := s.asked.Load(); n > 4 {
+			t.Errorf("a slow host was asked %d times", n)
+		}
+	}
+}
+
 // trickle writes a hundred bytes at a time.
 type trickle struct {
 	http.ResponseWriter

@@ -42,7 +42,8 @@ type FetcherConfig struct {
 	// GiveUp bounds the time without any progress, whatever is tried; 25 seconds,
 	// which is less than nydusd waits.
 	GiveUp time.Duration
-	// Avoid is how long a host that failed is asked after the others; 10 seconds.
+	// Avoid is how long a host that failed is asked after the others; 10 seconds. It is
+	// twice as long each time until one of its parts has come whole.
 	Avoid time.Duration
 	// Streams bounds how many parts are read from one host at the same time, Rate how
 	// many bytes come from it in a second; 0 for no bound. Who has to wait does so at
@@ -64,7 +65,7 @@ type Fetcher struct {
 	mu sync.Mutex
 	// avoided is until when a host is asked after the others: by its name, or by its
 	// name and that of one blob.
-	avoided map[string]time.Time
+	avoided map[string]avoided
 	// sessions are those with hosts, for a repository each.
 	sessions map[string]*session
 	// bounds are those of hosts, by their names.
@@ -94,7 +95,7 @@ func NewFetcher(cfg FetcherConfig) *Fetcher {
 			*d.value = d.or
 		}
 	}
-	return &Fetcher{cfg: cfg, avoided: map[string]time.Time{}, sessions: map[string]*session{}, bounds: map[string]*bound{}, gone: map[string]outage{}}
+	return &Fetcher{cfg: cfg, avoided: map[string]avoided{}, sessions: map[string]*session{}, bounds: map[string]*bound{}, gone: map[string]outage{}}
 }
 
 // Errors of Open.
@@ -140,7 +141,7 @@ func (f *Fetcher) hosts(ctx context.Context, b Blob) (list []Endpoint, err error
 	for _, host := range all {
 		switch {
 		case !host.Capabilities.Has(docker.HostCapabilityPull):
-		case now.Before(f.avoided[nameOf(host)]), now.Before(f.avoided[blobAt(host, b)]):
+		case now.Before(f.avoided[nameOf(host)].until), now.Before(f.avoided[blobAt(host, b)].until):
 			later = append(later, host)
 		default:
 			list = append(list, host)
@@ -165,12 +166,26 @@ func (f *Fetcher) avoid(name string, while time.Duration) {
 	defer f.mu.Unlock()
 	now := time.Now()
 	if len(f.avoided) >= maxAvoided {
-		maps.DeleteFunc(f.avoided, func(_ string, until time.Time) bool { return now.After(until) })
+		maps.DeleteFunc(f.avoided, func(_ string, a avoided) bool { return now.After(a.until) })
 	}
 	if len(f.avoided) >= maxAvoided {
 		clear(f.avoided) // each costs a request
 	}
-	f.avoided[name] = now.Add(while)
+	times := f.avoided[name].times
+	f.avoided[name] = avoided{now.Add(while << times), min(times+1, maxDoubled)}
+}
+
+// fine says that a host has given out a whole part.
+func (f *Fetcher) fine(host Endpoint) {
+	f.mu.Lock()
+	delete(f.avoided, nameOf(host))
+	f.mu.Unlock()
+}
+
+// avoided is until when something is asked later, and how often it has failed.
+type avoided struct {
+	until time.Time
+	times int
 }
 
 const (
@@ -179,6 +194,8 @@ const (
 	// is not the blob's.
 	avoidMissing = time.Minute
 	avoidWrong   = time.Hour
+	// maxDoubled is how often the time is doubled: to some five minutes.
+	maxDoubled = 5
 	// maxAvoided bounds how much of that is remembered.
 	maxAvoided = 8192
 )

@@ -42,6 +42,9 @@ func (p *Part) Read(buf []byte) (int, error) {
 		n, err := p.from.Read(buf[:min(int64(len(buf)), p.left)])
 		if n > 0 {
 			p.offset, p.left, p.moved = p.offset+int64(n), p.left-int64(n), time.Now()
+			if p.left == 0 {
+				p.f.fine(p.from.host)
+			}
 			return n, nil
 		}
 		if err == nil {

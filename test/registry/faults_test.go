@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"math/rand/v2"
 	"net/http"
@@ -20,11 +21,6 @@ import (
 
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
-
-// contentIsChecked says that the gateway compares what comes with the image's digests.
-// Until it does nobody can tell wrong content of the right length from the right one,
-// and no test makes any.
-const contentIsChecked = true
 
 // manyFiles is an image that takes several hundred requests to read.
 func manyFiles(t *testing.T) *kit.Image {
@@ -66,7 +62,7 @@ func newCluster(t *testing.T) *cluster {
 }
 
 // illnesses are all that can be wrong with a host.
-func (l *lab) illnesses() (list []*fault) {
+func (l *lab) illnesses() []*fault {
 	nowhere := "http://" + deadHost(l.t)
 	empty := newFront(l.t, http.NotFoundHandler())
 	all := []*fault{
@@ -80,12 +76,7 @@ func (l *lab) illnesses() (list []*fault) {
 		toxic("reset_peer", map[string]any{"timeout": 30}), toxic("timeout", map[string]any{"timeout": 0}), toxic("limit_data", map[string]any{"bytes": 20_000}),
 		toxic("slicer", map[string]any{"average_size": 500, "size_variation": 300, "delay": 200}),
 	}
-	for _, f := range all {
-		if contentIsChecked || !f.lies {
-			list = append(list, f)
-		}
-	}
-	return list
+	return all
 }
 
 // hours makes hosts fall ill and recover at random until stop is closed. One is always
@@ -199,6 +190,10 @@ func TestEachFault(t *testing.T) {
 				name := fmt.Sprintf("fault-%d.test", i)
 				l.hosts(name, fmt.Sprintf("server = %q\n[host.%q]\n", "http://"+l.store.Host, "http://"+fronts[i].Host))
 				got, err := l.get(l.capability(v.instance, name), 5, len(blob)-5)
+				if with.lies && errors.Is(err, io.ErrUnexpectedEOF) && got.status == http.StatusPartialContent && len(got.body) < len(blob)-5 {
+					// As nydusd does. What came before was not whole.
+					got, err = l.get(l.capability(v.instance, name), 5, len(blob)-5)
+				}
 				if err != nil || got.status != http.StatusPartialContent || !bytes.Equal(got.body, blob[5:]) {
 					t.Errorf("%v, status %d, %d bytes of %d, right: %v", err, got.status, len(got.body), len(blob)-5, bytes.HasPrefix(blob[5:], got.body))
 				}

@@ -51,7 +51,7 @@ type fault struct {
 	toxic string
 	attrs map[string]any
 	down  bool
-	// lies says that wrong content is taken for right as long as nobody checks digests.
+	// lies says that what comes has the right length and the wrong content.
 	lies bool
 }
 
