@@ -50,11 +50,9 @@ func (s source) Open(ctx context.Context, b gateway.Blob, offset, length int64) 
 }
 
 func (s source) verified(ctx context.Context, c *blobcheck.Checker, b gateway.Blob, offset, length, size int64) (gateway.Content, error) {
-	first, all := offset, length
-	if length >= 0 {
-		first, all = c.Around(offset, length, size)
-	} else {
-		first, _ = c.Around(offset, 1, size) // to its end
+	first, all := c.Around(offset, max(length, 1), size)
+	if length < 0 {
+		all = length // to its end
 	}
 	part, err := s.part(ctx, b, first, all)
 	if err != nil {

@@ -169,8 +169,8 @@ var errAuthorize = errors.New("authorize")
 
 // challenge sends the request, and what is wanted when that was refused.
 func (p *Part) challenge(ctx context.Context, host Endpoint, s *session) (*http.Response, error) {
-	var before []*http.Response
-	for {
+	for met := false; ; met = true {
+		since := s.met()
 		req, err := p.request(ctx, host)
 		if err != nil {
 			return nil, err
@@ -182,12 +182,11 @@ func (p *Part) challenge(ctx context.Context, host Endpoint, s *session) (*http.
 		if err != nil {
 			return nil, unanswered(ctx, host, err)
 		}
-		if resp.StatusCode != http.StatusUnauthorized || resp.Request.Response != nil || len(before) > 0 {
+		if resp.StatusCode != http.StatusUnauthorized || resp.Request.Response != nil || met {
 			return resp, nil
 		}
 		discard(resp)
-		before = append(before, resp)
-		if err := s.authorizer.AddResponses(ctx, before); err != nil {
+		if err := s.meet(ctx, resp, since); err != nil {
 			if errors.Is(err, docker.ErrInvalidAuthorization) {
 				return nil, fmt.Errorf("%w: %w: %w", &statusError{host.Host, resp.StatusCode, resp.Header}, ErrRefused, plain(err))
 			}

@@ -81,6 +81,30 @@ type outage struct{ since, last time.Time }
 type session struct {
 	host       *http.Client // whose configuration it is of
 	authorizer docker.Authorizer
+
+	mu sync.Mutex
+	// challenges is how often the authorizer was told what is wanted. It forgets its
+	// tokens then.
+	challenges int
+}
+
+// met returns how many challenges the session has met.
+func (s *session) met() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.challenges
+}
+
+// meet tells the authorizer what is wanted, unless somebody has since a number of
+// challenges had been met: those who wait for the same want one token.
+func (s *session) meet(ctx context.Context, challenge *http.Response, since int) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.challenges != since {
+		return nil
+	}
+	s.challenges++
+	return s.authorizer.AddResponses(ctx, []*http.Response{challenge})
 }
 
 // NewFetcher returns a Fetcher.
@@ -223,7 +247,8 @@ func (f *Fetcher) isGone(registry string) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	o, ok := f.gone[registry]
-	return ok && time.Since(o.last) < outageEnds && time.Since(o.since) >= f.cfg.GiveUp
+	// Who has waited may have given up a pause before the end.
+	return ok && time.Since(o.last) < outageEnds && time.Since(o.since) >= f.cfg.GiveUp*3/4
 }
 
 const (

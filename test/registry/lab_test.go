@@ -216,14 +216,16 @@ type view struct {
 
 // mount mounts the image of a registry, read through the gateway.
 func (l *lab) mount(registry string) (*view, error) {
-	return l.mountWith(registry, nydusd.Backend{Type: nydusd.BackendRegistry, Scheme: "http", Host: l.gw.Address, Repository: repository, Retries: 8},
+	// As the snapshotter has it.
+	const retries = 5
+	return l.mountWith(registry, nydusd.Backend{Type: nydusd.BackendRegistry, Scheme: "http", Host: l.gw.Address, Repository: repository, Retries: retries}, "",
 		func(instance string) *mountspec.Credentials {
 			return &mountspec.Credentials{RegistryToken: l.capability(instance, registry)}
 		})
 }
 
 // mountWith mounts the image from wherever backend says. Its cache is new.
-func (l *lab) mountWith(registry string, backend nydusd.Backend, credentials func(instance string) *mountspec.Credentials) (*view, error) {
+func (l *lab) mountWith(registry string, backend nydusd.Backend, caFile string, credentials func(instance string) *mountspec.Credentials) (*view, error) {
 	l.t.Helper()
 	*l.count++
 	snapshot := filepath.Join(l.root, "snapshots", strconv.Itoa(*l.count))
@@ -236,7 +238,7 @@ func (l *lab) mountWith(registry string, backend nydusd.Backend, credentials fun
 		Kind: mountspec.KindImage, ReadOnly: true, Image: reference(registry), Host: registry, Repository: repository, Root: l.root, RunDir: runDir,
 		CacheDir: mountspec.CacheDir(l.root, registry, strconv.Itoa(*l.count)), Driver: mountspec.DriverAuto,
 		Daemon: mountspec.Daemon{
-			Path: kit.MustTools(l.t).Nydusd, LogLevel: "trace", Threads: 4, StartTimeout: 20 * time.Second, CgroupParent: cgroupParent(),
+			Path: kit.MustTools(l.t).Nydusd, LogLevel: "trace", Threads: 4, StartTimeout: 20 * time.Second, CgroupParent: cgroupParent(), CAFile: caFile,
 		},
 	}
 	s.Instance = mountspec.InstanceKey(s.BootstrapDigest, s.Host, s.Repository, s.CacheDir)

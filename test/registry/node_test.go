@@ -78,7 +78,7 @@ func failures(t *testing.T, l *lab, n *kit.Node, ref, dir string) string {
 		a := newAuthority(t)
 		p := a.issue("client")
 		l.hosts(dir, fmt.Sprintf("server = %q\nca = %q\nclient = [[%q, %q]]\n", "https://127.0.0.1:1", a.file, p.cert, p.key))
-		want = []string{"(client)", "(ca)", "hosts.toml", `remote.gateway = "auto"`}
+		want = []string{"(client)", "hosts.toml", `remote.gateway = "auto"`}
 	}
 	_, err = n.Run(t.Context(), img, "failing", kit.RunOptions{})
 	if err == nil {
