@@ -3,10 +3,11 @@
 //
 // What the package promises:
 //
-//   - Secrets are in memory only, and of those only what logs in to registries.
-//   - An API server that cannot be reached holds nobody up: lookups wait for the first
-//     list for a bounded time after the start, and say then what is wrong. What was
-//     seen stays in use while the connection is lost.
+//   - Secrets are in memory only, and of those only what logs in to registries. They
+//     are in no log, whatever its level.
+//   - An API server that cannot be reached, or refuses, holds nobody up: lookups wait
+//     for the first list for a bounded time after the start. Then they find nothing,
+//     and the log says why. What was seen stays in use while the connection is lost.
 //   - Entries match images as kubelet has it: a host with globs, the beginning of a
 //     repository, the longest first.
 //
@@ -70,7 +71,13 @@ type Secrets struct {
 	entries map[source]map[string][]credentials.Entry
 	faults  map[source]error // why a list is not there, or is old
 	changed chan struct{}    // closed when one of both changes
+	// told is the last cause of a warning, and toldAt when that was.
+	told   string
+	toldAt time.Time
 }
+
+// tellAgain is how long the log is spared another warning that lists are missing.
+const tellAgain = time.Minute
 
 // source is one list that is watched.
 type source struct {
@@ -203,41 +210,58 @@ func (s *Secrets) tell() {
 // Name implements credentials.Provider.
 func (s *Secrets) Name() string { return "image pull secrets" }
 
-// Lookup implements credentials.Provider. Beside what it finds it says which lists
-// were never seen.
+// Lookup implements credentials.Provider. Lists that were never seen are no error, or
+// nobody could read a public image before the API server is there: the log has them.
 func (s *Secrets) Lookup(ctx context.Context, host, repository string) ([]*registry.Credentials, error) {
 	until, cancel := context.WithDeadline(ctx, s.patient)
 	defer cancel()
 	for {
-		list, complete, changed, err := s.known(host, repository)
-		if complete || until.Err() != nil {
-			return list, err
+		list, changed, missing := s.known(host, repository)
+		if missing == nil {
+			return list, nil
 		}
 		select {
 		case <-changed:
 		case <-until.Done():
 			if ctx.Err() != nil {
-				return list, fmt.Errorf("wait for the first list: %w", errors.Join(context.Cause(ctx), err))
+				return list, fmt.Errorf("wait for the first list: %w", errors.Join(context.Cause(ctx), missing))
 			}
+			s.warn(missing)
+			return list, nil
 		}
 	}
 }
 
-// known is what is known at the moment.
-func (s *Secrets) known(host, repository string) (list []*registry.Credentials, complete bool, changed <-chan struct{}, err error) {
+// warn says that lists are missing: once for a cause, and not with each lookup when
+// causes change.
+func (s *Secrets) warn(missing error) {
+	now, cause := s.cfg.Now(), missing.Error()
+	s.mu.Lock()
+	known := cause == s.told || !s.toldAt.IsZero() && now.Sub(s.toldAt) < tellAgain
+	if !known {
+		s.told, s.toldAt = cause, now
+	}
+	s.mu.Unlock()
+	if !known {
+		s.cfg.Log.Warn("image pull secrets are not known yet, and images are read without them; see credentials.kubernetes", "error", missing)
+	}
+}
+
+// known is what is known at the moment, and which lists were never seen.
+func (s *Secrets) known(host, repository string) (list []*registry.Credentials, changed <-chan struct{}, missing error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var all []credentials.Entry
 	for _, of := range s.sources() {
 		secrets, listed := s.entries[of]
 		if !listed {
-			err = errors.Join(err, fmt.Errorf("secrets of type %s in %s: %w", of.kind, of.where(), s.why(of)))
+			missing = errors.Join(missing, fmt.Errorf("secrets of type %s in %s: %w", of.kind, of.where(), s.why(of)))
 		}
 		for _, name := range slices.Sorted(maps.Keys(secrets)) {
 			all = append(all, secrets[name]...)
 		}
 	}
-	return credentials.Select(all, host, repository), err == nil, s.changed, err
+	return credentials.Select(all, host, repository), s.changed, missing
 }
 
 func (s *Secrets) why(of source) error {
@@ -351,9 +375,18 @@ type prefixed struct {
 	ended func() bool
 }
 
+// mostDetailed is what client-go may say at most, its V(4), whatever our own level:
+// from V(8) on it logs the bodies of answers, and those are secrets.
+const mostDetailed = slog.LevelDebug
+
+// Enabled implements slog.Handler.
+func (p prefixed) Enabled(ctx context.Context, level slog.Level) bool {
+	return level >= mostDetailed && p.Handler.Enabled(ctx, level)
+}
+
 // Handle implements slog.Handler.
 func (p prefixed) Handle(ctx context.Context, r slog.Record) error {
-	if p.ended() {
+	if p.ended() || r.Level < mostDetailed {
 		return nil
 	}
 	r.Message = "image pull secrets: " + r.Message

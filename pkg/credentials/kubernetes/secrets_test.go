@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -228,8 +229,13 @@ func (r *record) String() string {
 // run starts watching and returns what stops it.
 func run(t *testing.T, cfg Config) (*Secrets, *record) {
 	t.Helper()
+	return runAt(t, cfg, slog.LevelInfo)
+}
+
+func runAt(t *testing.T, cfg Config, level slog.Level) (*Secrets, *record) {
+	t.Helper()
 	said := &record{}
-	cfg.Log = slog.New(slog.NewTextHandler(said, nil))
+	cfg.Log = slog.New(slog.NewTextHandler(said, &slog.HandlerOptions{Level: level}))
 	s := New(cfg)
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
@@ -327,10 +333,14 @@ func TestSecretsSurviveTheServer(t *testing.T) {
 	a := newAPIServer(t)
 	a.login("team/s", host, "one")
 	a.set(func() { a.away = true })
-	s, _ := run(t, Config{Kubeconfig: a.kubeconfig(), FirstList: 50 * time.Millisecond})
-	list, err := s.Lookup(t.Context(), host, "x")
-	if err == nil || list != nil || !strings.Contains(err.Error(), "kubernetes.io/dockerconfigjson in all namespaces") {
-		t.Fatalf("without a server: %v, %v", list, err)
+	s, said := run(t, Config{Kubeconfig: a.kubeconfig(), FirstList: 50 * time.Millisecond})
+	for range 10 {
+		if list, err := s.Lookup(t.Context(), host, "x"); err != nil || list != nil {
+			t.Fatalf("without a server: %v, %v", list, err)
+		}
+	}
+	if text := said.String(); !strings.Contains(text, "kubernetes.io/dockerconfigjson in all namespaces") {
+		t.Errorf("the log does not say what is missing: %s", text)
 	}
 	a.set(func() { a.away = false })
 	users(t, s, host, "x", "one")
@@ -358,38 +368,87 @@ func TestSecretsAfterGone(t *testing.T) {
 	}
 }
 
+// The log says once for a cause, and once in a minute, that lists are missing.
+func TestMissingListsAreToldOnce(t *testing.T) {
+	said := &record{}
+	now := time.Unix(1e9, 0)
+	s := New(Config{Now: func() time.Time { return now }, Log: slog.New(slog.NewTextHandler(said, nil))})
+	for _, c := range []struct {
+		cause string
+		after time.Duration
+		want  int
+	}{{"one", 0, 1}, {"one", time.Hour, 1}, {"two", 0, 2}, {"three", time.Second, 2}, {"three", tellAgain, 3}, {"three", tellAgain, 3}} {
+		now = now.Add(c.after)
+		s.warn(errors.New(c.cause))
+		if got := strings.Count(said.String(), "not known yet"); got != c.want {
+			t.Errorf("%s: told %d times, want %d", c.cause, got, c.want)
+		}
+	}
+}
+
+// Whatever the level, what client-go reads is not in the log: neither what it lists
+// nor what it watches.
+func TestTraceTellsNoSecret(t *testing.T) {
+	a := newAPIServer(t)
+	a.login("team/listed", host, "listed-canary")
+	s, said := runAt(t, Config{Kubeconfig: a.kubeconfig(), FirstList: time.Minute}, slog.Level(-100))
+	users(t, s, host, "x", "listed-canary")
+	a.login("team/watched", host, "watched-canary")
+	users(t, s, host, "x", "listed-canary", "watched-canary")
+	a.set(func() { a.away = true })
+	a.login("team/again", host, "again-canary")
+	a.set(func() { a.away, a.forgot = false, a.version })
+	users(t, s, host, "x", "again-canary", "listed-canary", "watched-canary")
+	text := said.String()
+	if !strings.Contains(text, "level=DEBUG") {
+		t.Fatalf("client-go says nothing to this log: %s", text)
+	}
+	for _, secret := range a.secrets {
+		data := secret.Data[corev1.DockerConfigJsonKey]
+		for _, form := range []string{"canary", base64.StdEncoding.EncodeToString(data), string(data), "node-token", "Response Body"} {
+			if strings.Contains(text, form) {
+				t.Errorf("the log has %q: %s", form, text)
+			}
+		}
+	}
+}
+
 // Whoever lacks a role learns that.
 func TestSecretsRefused(t *testing.T) {
 	a := newAPIServer(t)
 	a.set(func() { a.refuses = true })
-	s, _ := run(t, Config{Kubeconfig: a.kubeconfig(), FirstList: time.Millisecond})
+	now := time.Unix(1e9, 0)
+	s, said := run(t, Config{Kubeconfig: a.kubeconfig(), FirstList: time.Millisecond, Now: func() time.Time { now = now.Add(time.Hour); return now }})
 	late, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	for {
 		s.mu.Lock()
 		changed := s.changed
 		s.mu.Unlock()
-		_, err := s.Lookup(late, host, "x")
-		if err != nil && strings.Contains(err.Error(), "forbidden") {
+		if _, err := s.Lookup(late, host, "x"); err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(said.String(), "not known yet") && strings.Contains(said.String(), "forbidden") {
 			return
 		}
 		select {
 		case <-changed:
 		case <-late.Done():
-			t.Fatalf("%v", err)
+			t.Fatal(said)
 		}
 	}
 }
 
-// A kubeconfig that is not there yet is an error for lookups, not for the service.
+// A kubeconfig that is not there yet is an error, and lookups find nothing.
 func TestKubeconfigMissing(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "kubeconfig")
-	s := New(Config{Kubeconfig: path, FirstList: time.Millisecond, Log: slog.New(slog.DiscardHandler)})
+	said := &record{}
+	s := New(Config{Kubeconfig: path, FirstList: time.Millisecond, Log: slog.New(slog.NewTextHandler(said, nil))})
 	if err := s.Run(t.Context()); err == nil || !strings.Contains(err.Error(), path) {
 		t.Errorf("run: %v", err)
 	}
-	if _, err := s.Lookup(t.Context(), host, "x"); err == nil || !strings.Contains(err.Error(), path) {
-		t.Errorf("lookup: %v", err)
+	if list, err := s.Lookup(t.Context(), host, "x"); err != nil || list != nil || !strings.Contains(said.String(), path) {
+		t.Errorf("lookup: %v, %v, %s", list, err, said)
 	}
 }
 
