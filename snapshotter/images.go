@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/blobcheck"
 	"github.com/nydusfs/nydus-snapshotter/pkg/gateway"
@@ -60,6 +61,9 @@ func (s source) verified(ctx context.Context, c *blobcheck.Checker, b gateway.Bl
 	}
 	reader, err := c.Reader(ctx, part, first, part.Left(), part.Size())
 	if err != nil {
+		if size > 0 {
+			part.Distrust(first, 1) // it has another size than the blob
+		}
 		return nil, errors.Join(err, part.Close())
 	}
 	if length < 0 {
@@ -128,8 +132,9 @@ func (v *verified) Read(p []byte) (int, error) {
 
 // blame has whoever asks again, as nydusd does, get it from another host.
 func (v *verified) blame(err error) error {
-	if errors.Is(err, blobcheck.ErrContent) {
-		v.part.Distrust()
+	var bad *blobcheck.ContentError
+	if errors.As(err, &bad) {
+		v.part.Distrust(bad.Offset, bad.Size)
 		err = fmt.Errorf("%s gives out something else than the image's bootstrap says: %w", v.part.Host(), err)
 	}
 	return err
@@ -145,6 +150,8 @@ type mounted struct {
 	verify bool
 	log    *slog.Logger
 	pool   *blobcheck.Pool
+
+	reading singleflight.Group
 
 	mu     sync.Mutex
 	images map[string]*blobs
@@ -205,18 +212,41 @@ func (m *mounted) of(key string) (*blobs, error) {
 	if err != nil {
 		return nil, err
 	}
+	if b := m.remembered(key, rec.BootstrapDigest); b != nil {
+		return b, nil
+	}
+	// For all who want the same at once, and without keeping others waiting.
+	b, err, _ := m.reading.Do(key+rec.BootstrapDigest, func() (any, error) {
+		b, err := m.read(rec)
+		if err == nil {
+			m.remember(key, b)
+		}
+		return b, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return b.(*blobs), nil
+}
+
+func (m *mounted) remembered(key, bootstrap string) *blobs {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	b := m.images[key]
-	if b == nil || b.bootstrap != rec.BootstrapDigest {
-		if b, err = m.read(rec); err != nil {
-			return nil, err
-		}
-		m.makeRoom(b.chunks)
-		m.images[key] = b
+	if b == nil || b.bootstrap != bootstrap {
+		return nil
 	}
 	b.used = time.Now()
-	return b, nil
+	return b
+}
+
+func (m *mounted) remember(key string, b *blobs) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.images, key)
+	m.makeRoom(b.chunks)
+	b.used = time.Now()
+	m.images[key] = b
 }
 
 // makeRoom forgets those that have not been used for longest.
@@ -281,6 +311,8 @@ func (m *mounted) read(rec *instance.Record) (*blobs, error) {
 
 // budget returns that of a registry.
 func (m *mounted) budget(host string) *blobcheck.Budget {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	b := m.budgets[host]
 	if b == nil {
 		b = blobcheck.NewBudget(hostBudget)

@@ -224,17 +224,20 @@ func (r *Reader) begin() error {
 		r.held += max(more, 0)
 		return nil
 	}
-	// Who waits holds nothing for which others wait.
+	// Who waits holds nothing of the budget.
 	if len(r.task.parts) > 0 {
 		if err := r.check(); err != nil {
 			return err
 		}
 	}
 	more = r.arrived.takes(r.now.size)
-	if err := r.c.budget.wait(r.ctx, more); err != nil {
+	got, err := r.c.budget.wait(r.ctx, more)
+	if err != nil {
 		return fmt.Errorf("check blob %s: wait for memory: %w", r.c.table.Blob.ID, err)
 	}
-	r.held = more
+	if got {
+		r.held = more
+	}
 	return nil
 }
 

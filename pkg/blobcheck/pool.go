@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash"
 	"sync"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
@@ -40,9 +41,10 @@ func NewPool(n int) *Pool {
 // hashing small ones is several times as slow.
 type piece [128 << 10]byte
 
-// Budget bounds what readers hold of chunks that have not arrived as a whole. Readers of
-// one source should share one, and those of others have another: who waits for bytes from
-// a slow source holds memory that those of the same one wait for.
+// Budget bounds what readers hold of chunks that have not arrived as a whole, as long as
+// they come along. Readers of one source should share one, and those of others have
+// another. Who has waited for long goes on without: those who have it may themselves wait
+// for something that he holds.
 type Budget struct {
 	all  int64
 	left *semaphore.Weighted
@@ -54,12 +56,21 @@ func NewBudget(all int64) *Budget { return &Budget{all, semaphore.NewWeighted(al
 // take gets n bytes if nobody waits for them.
 func (b *Budget) take(n int64) bool { return b == nil || b.left.TryAcquire(min(n, b.all)) }
 
-// wait gets n bytes.
-func (b *Budget) wait(ctx context.Context, n int64) error {
+// budgetPatience is how long a reader waits.
+const budgetPatience = 2 * time.Second
+
+// wait gets n bytes, or tells that it has not after a while.
+func (b *Budget) wait(ctx context.Context, n int64) (bool, error) {
 	if b == nil {
-		return nil
+		return true, nil
 	}
-	return b.left.Acquire(ctx, min(n, b.all))
+	patience, cancel := context.WithTimeout(ctx, budgetPatience)
+	defer cancel()
+	err := b.left.Acquire(patience, min(n, b.all))
+	if err != nil && ctx.Err() == nil {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // give gives back what was got at once.

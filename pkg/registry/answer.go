@@ -15,6 +15,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
+	"github.com/containerd/errdefs"
 	"github.com/hashicorp/go-retryablehttp"
 )
 
@@ -105,8 +106,9 @@ func (p *Part) answerOf(host Endpoint, b *bound, share time.Duration) (*answer, 
 	ctx, cancel := context.WithCancelCause(p.ctx)
 	timeout := min(p.f.cfg.AnswerTimeout, max(time.Millisecond, min(share, p.f.cfg.GiveUp-time.Since(p.moved))))
 	timer := time.AfterFunc(timeout, func() { cancel(fmt.Errorf("no answer within %s", timeout.Round(time.Millisecond))) })
+	// Also for the bodies of answers that are not taken.
+	defer timer.Stop()
 	resp, err := p.do(ctx, host)
-	timer.Stop()
 	if err == nil {
 		a := &answer{host: host, body: resp.Body, cancel: cancel, ctx: ctx, bound: b, stall: p.f.cfg.StallTimeout}
 		if err = p.accept(a, resp); err == nil {
@@ -129,23 +131,31 @@ func discard(resp *http.Response) {
 
 // do sends the request, with what its host wants for it.
 func (p *Part) do(ctx context.Context, host Endpoint) (*http.Response, error) {
-	s := p.f.session(ctx, p.blob, host, nil)
+	s := p.f.session(p.blob, host, nil)
 	for tries := 1; ; tries++ {
 		resp, err := p.challenge(ctx, host, s)
 		if tries > maxLogins || !s.again(ctx, resp, err, tries == 1) {
+			if isRefusedLogin(err) {
+				p.f.forget(p.blob, host, s)
+			}
 			return resp, err
 		}
 		if resp != nil {
 			discard(resp)
 		}
-		s = p.f.session(ctx, p.blob, host, s)
+		s = p.f.session(p.blob, host, s)
 	}
+}
+
+// isRefusedLogin tells whether an error is about credentials, or about their absence.
+func isRefusedLogin(err error) bool {
+	return errors.Is(err, ErrRefused) && (errors.Is(err, errAuthorize) || errors.Is(err, docker.ErrInvalidAuthorization))
 }
 
 // again tells whether a request may succeed with a session that follows this one.
 func (s *session) again(ctx context.Context, resp *http.Response, err error, first bool) bool {
 	switch {
-	case errors.Is(err, errAuthorize) && errors.Is(err, ErrRefused):
+	case isRefusedLogin(err):
 		return s.hasOther(ctx)
 	case err != nil:
 		return first && errors.Is(err, errAuthorize)
@@ -170,12 +180,12 @@ var errAuthorize = errors.New("authorize")
 // challenge sends the request, and what is wanted when that was refused.
 func (p *Part) challenge(ctx context.Context, host Endpoint, s *session) (*http.Response, error) {
 	for met := false; ; met = true {
-		since := s.met()
 		req, err := p.request(ctx, host)
 		if err != nil {
 			return nil, err
 		}
-		if err := s.authorizer.Authorize(ctx, req); err != nil {
+		challenges, err := s.authorize(ctx, req)
+		if err != nil {
 			return nil, unauthorized(ctx, host, err)
 		}
 		resp, err := host.Client.Do(req)
@@ -186,8 +196,8 @@ func (p *Part) challenge(ctx context.Context, host Endpoint, s *session) (*http.
 			return resp, nil
 		}
 		discard(resp)
-		if err := s.meet(ctx, resp, since); err != nil {
-			if errors.Is(err, docker.ErrInvalidAuthorization) {
+		if err := s.meet(ctx, resp, challenges); err != nil {
+			if errors.Is(err, docker.ErrInvalidAuthorization) || errdefs.IsNotImplemented(err) {
 				return nil, fmt.Errorf("%w: %w: %w", &statusError{host.Host, resp.StatusCode, resp.Header}, ErrRefused, plain(err))
 			}
 			return nil, unauthorized(ctx, host, err)
@@ -243,12 +253,12 @@ func plain(err error) error {
 	case errors.As(err, &status):
 		return fmt.Errorf("the token server answers %d %s", status.StatusCode, http.StatusText(status.StatusCode))
 	case errors.As(err, &u):
-		err = u.Err
+		if text := u.Err.Error(); strings.Contains(text, "://") || strings.Contains(text, "Location") {
+			return errors.New("a redirect that cannot be followed")
+		}
+		return u.Err
 	}
-	if text := err.Error(); strings.Contains(text, "://") || strings.Contains(text, "Location") {
-		return errors.New("a redirect that cannot be followed")
-	}
-	return err
+	return withoutUserinfo(err)
 }
 
 // isOwn tells whether a host is the registry's own. Others are told whose blob it is.

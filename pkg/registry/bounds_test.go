@@ -229,7 +229,7 @@ func TestDistrust(t *testing.T) {
 	if p.Host() != liar.host() {
 		t.Fatalf("it comes from %s", p.Host())
 	}
-	p.Distrust()
+	p.Distrust(0, 10)
 	p.Close()
 	mustRead(t, f, 0, 10)
 	if liar.asked.Load() != 1 || good.asked.Load() != 1 {

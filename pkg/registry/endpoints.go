@@ -438,10 +438,15 @@ func located(file string, err error) error {
 		line, column := decode.Position()
 		at = fmt.Sprintf("%s:%d:%d", file, line, column)
 	}
+	return fmt.Errorf("%s: %w", at, withoutUserinfo(err))
+}
+
+// withoutUserinfo cuts users and passwords out of an error's URLs.
+func withoutUserinfo(err error) error {
 	if text := err.Error(); userinfo.MatchString(text) {
-		err = errors.New(userinfo.ReplaceAllString(text, "://"))
+		return errors.New(userinfo.ReplaceAllString(text, "://"))
 	}
-	return fmt.Errorf("%s: %w", at, err)
+	return err
 }
 
 // faults collects errors that are logged, and keeps them from any log.

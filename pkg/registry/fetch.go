@@ -1,19 +1,16 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"maps"
-	"math"
-	"net/http"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sync/semaphore"
-	"golang.org/x/time/rate"
 )
 
 // Blob is one of a repository's blobs.
@@ -71,40 +68,7 @@ type Fetcher struct {
 	// bounds are those of hosts, by their names.
 	bounds map[string]*bound
 	// gone are registries of which nothing was to be had.
-	gone map[string]outage
-}
-
-// outage is a time in which no host of a registry has answered.
-type outage struct{ since, last time.Time }
-
-// session is what a host has issued for a repository.
-type session struct {
-	host       *http.Client // whose configuration it is of
-	authorizer docker.Authorizer
-
-	mu sync.Mutex
-	// challenges is how often the authorizer was told what is wanted. It forgets its
-	// tokens then.
-	challenges int
-}
-
-// met returns how many challenges the session has met.
-func (s *session) met() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.challenges
-}
-
-// meet tells the authorizer what is wanted, unless somebody has since a number of
-// challenges had been met: those who wait for the same want one token.
-func (s *session) meet(ctx context.Context, challenge *http.Response, since int) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.challenges != since {
-		return nil
-	}
-	s.challenges++
-	return s.authorizer.AddResponses(ctx, []*http.Response{challenge})
+	gone map[string]*outage
 }
 
 // NewFetcher returns a Fetcher.
@@ -119,7 +83,7 @@ func NewFetcher(cfg FetcherConfig) *Fetcher {
 			*d.value = d.or
 		}
 	}
-	return &Fetcher{cfg: cfg, avoided: map[string]avoided{}, sessions: map[string]*session{}, bounds: map[string]*bound{}, gone: map[string]outage{}}
+	return &Fetcher{cfg: cfg, avoided: map[string]avoided{}, sessions: map[string]*session{}, bounds: map[string]*bound{}, gone: map[string]*outage{}}
 }
 
 // Errors of Open.
@@ -160,18 +124,17 @@ func (f *Fetcher) hosts(ctx context.Context, b Blob) (list []Endpoint, err error
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	now := time.Now()
-	var later []Endpoint
 	for _, host := range all {
-		switch {
-		case !host.Capabilities.Has(docker.HostCapabilityPull):
-		case now.Before(f.avoided[nameOf(host)].until), now.Before(f.avoided[blobAt(host, b)].until):
-			later = append(later, host)
-		default:
+		if host.Capabilities.Has(docker.HostCapabilityPull) {
 			list = append(list, host)
 		}
 	}
-	if list = append(list, later...); len(list) == 0 {
+	now := time.Now()
+	rank := func(host Endpoint) rank {
+		return max(f.avoided[nameOf(host)].rankAt(now), f.avoided[blobAt(host, b)].rankAt(now))
+	}
+	slices.SortStableFunc(list, func(a, b Endpoint) int { return cmp.Compare(rank(a), rank(b)) })
+	if len(list) == 0 {
 		return nil, fmt.Errorf("no host of registry %s may be pulled from: none has the capability \"pull\" in its hosts.toml", b.Registry)
 	}
 	return list, nil
@@ -183,128 +146,3 @@ func nameOf(host Endpoint) string { return host.Scheme + "://" + host.Host + hos
 func blobAt(host Endpoint, b Blob) string {
 	return nameOf(host) + "/" + b.Repository + "@" + b.Digest.String()
 }
-
-// avoid has a host, or a blob of it, asked after the others for a while.
-func (f *Fetcher) avoid(name string, while time.Duration) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	now := time.Now()
-	if len(f.avoided) >= maxAvoided {
-		maps.DeleteFunc(f.avoided, func(_ string, a avoided) bool { return now.After(a.until) })
-	}
-	if len(f.avoided) >= maxAvoided {
-		clear(f.avoided) // each costs a request
-	}
-	times := f.avoided[name].times
-	f.avoided[name] = avoided{now.Add(while << times), min(times+1, maxDoubled)}
-}
-
-// fine says that a host has given out a whole part.
-func (f *Fetcher) fine(host Endpoint) {
-	f.mu.Lock()
-	delete(f.avoided, nameOf(host))
-	f.mu.Unlock()
-}
-
-// avoided is until when something is asked later, and how often it has failed.
-type avoided struct {
-	until time.Time
-	times int
-}
-
-const (
-	// avoidMissing is how long a host is asked later for a blob that it does not have:
-	// mirrors get what is asked for from others. avoidWrong is that for content which
-	// is not the blob's.
-	avoidMissing = time.Minute
-	avoidWrong   = time.Hour
-	// maxDoubled is how often the time is doubled: to some five minutes.
-	maxDoubled = 5
-	// maxAvoided bounds how much of that is remembered.
-	maxAvoided = 8192
-)
-
-// failed notes that nothing was to be had of a registry since some time, served that
-// something was.
-func (f *Fetcher) failed(registry string, since time.Time) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if o, ok := f.gone[registry]; ok && time.Since(o.last) < outageEnds {
-		since = o.since
-	}
-	f.gone[registry] = outage{since, time.Now()}
-}
-
-func (f *Fetcher) served(registry string) {
-	f.mu.Lock()
-	delete(f.gone, registry)
-	f.mu.Unlock()
-}
-
-// isGone tells whether a registry has given out nothing for so long that nobody is to
-// wait again.
-func (f *Fetcher) isGone(registry string) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	o, ok := f.gone[registry]
-	// Who has waited may have given up a pause before the end.
-	return ok && time.Since(o.last) < outageEnds && time.Since(o.since) >= f.cfg.GiveUp*3/4
-}
-
-const (
-	// outageEnds is after how long a failure says nothing of the present.
-	outageEnds = time.Minute
-	// goneTimeout bounds the question to a host of a registry that is gone.
-	goneTimeout = 2 * time.Second
-)
-
-// session returns what a host has issued for a repository, without what not is or was
-// of another configuration.
-func (f *Fetcher) session(ctx context.Context, b Blob, host Endpoint, not *session) *session {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	key := nameOf(host) + " " + b.Registry + "/" + b.Repository
-	s := f.sessions[key]
-	if s != nil && s.host == host.Client && s != not {
-		return s
-	}
-	if len(f.sessions) >= maxSessions {
-		clear(f.sessions) // each costs a token
-	}
-	s = &session{host: host.Client, authorizer: host.NewAuthorizer(ctx, b.Repository)}
-	f.sessions[key] = s
-	return s
-}
-
-// maxSessions bounds how many repositories' tokens are kept.
-const maxSessions = 4096
-
-// bound is what a host's parts share.
-type bound struct {
-	streams *semaphore.Weighted
-	rate    *rate.Limiter
-}
-
-// bound returns that of a host.
-func (f *Fetcher) bound(host Endpoint) *bound {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	b := f.bounds[nameOf(host)]
-	if b == nil {
-		b = &bound{semaphore.NewWeighted(math.MaxInt64), rate.NewLimiter(rate.Inf, 0)}
-		if f.cfg.Streams > 0 {
-			b.streams = semaphore.NewWeighted(int64(f.cfg.Streams))
-		}
-		if f.cfg.Rate > 0 {
-			b.rate = rate.NewLimiter(rate.Limit(f.cfg.Rate), int(min(max(f.cfg.Rate/burstsPerSecond, minBurst), math.MaxInt32)))
-		}
-		f.bounds[nameOf(host)] = b
-	}
-	return b
-}
-
-const (
-	// burstsPerSecond and minBurst say how much of a second's bytes may come at once.
-	burstsPerSecond = 10
-	minBurst        = 64 << 10
-)

@@ -23,8 +23,15 @@ type Part struct {
 	offset, left, size int64
 	// moved is when there was progress for the last time.
 	moved time.Time
-	// from is the host that gives it out now.
-	from *answer
+	// from is the host that gives it out now, stretches are those from which it came.
+	from      *answer
+	stretches []stretch
+}
+
+// stretch is where a host begins.
+type stretch struct {
+	offset int64
+	host   Endpoint
 }
 
 // Size is that of the whole blob, Left what is to be read.
@@ -38,6 +45,7 @@ func (p *Part) Host() string { return p.from.host.Host }
 
 // Read implements io.Reader.
 func (p *Part) Read(buf []byte) (int, error) {
+	p.moved = time.Now() // a pause of the reader is no fault of the hosts
 	for p.left > 0 {
 		n, err := p.from.Read(buf[:min(int64(len(buf)), p.left)])
 		if n > 0 {
@@ -57,7 +65,7 @@ func (p *Part) Read(buf []byte) (int, error) {
 			err = io.ErrUnexpectedEOF
 		}
 		was := p.from
-		p.f.avoid(nameOf(was.host), p.f.cfg.Avoid)
+		p.f.avoid(nameOf(was.host), stumbled, p.f.cfg.Avoid)
 		_ = was.Close()
 		if again := p.open(); again != nil {
 			return 0, fmt.Errorf("fetch %s: %w", p.blob, errors.Join(fmt.Errorf("%s breaks off: %w", was.host.Host, plain(err)), again))
@@ -66,9 +74,18 @@ func (p *Part) Read(buf []byte) (int, error) {
 	return 0, io.EOF
 }
 
-// Distrust says that what was read is not the blob's content. Whoever reads the blob
-// again gets it from another host, if there is one.
-func (p *Part) Distrust() { p.f.avoid(blobAt(p.from.host, p.blob), avoidWrong) }
+// Distrust says that size bytes at an offset of the blob are not its content. Whoever
+// reads the blob again gets it from another host, if there is one. Of several hosts that
+// have given them out it is the first one, which then also broke off.
+func (p *Part) Distrust(offset, size int64) {
+	at := 0
+	for i, s := range p.stretches {
+		if s.offset <= offset {
+			at = i
+		}
+	}
+	p.f.avoid(blobAt(p.stretches[at].host, p.blob), wrong, avoidWrong)
+}
 
 // Close ends the reading.
 func (p *Part) Close() error {
@@ -79,12 +96,14 @@ func (p *Part) Close() error {
 // open asks the hosts until one answers.
 func (p *Part) open() error {
 	var earlier error
-	begun, gone := time.Now(), p.f.isGone(p.blob.Registry)
+	begun := time.Now()
+	gone, hasty, done := p.f.isGone(p.blob.Registry)
+	defer done()
 	for round := 0; ; round++ {
-		answer, wanted, err := p.ask(gone)
+		answer, wanted, err := p.ask(hasty)
 		if err == nil {
 			p.f.served(p.blob.Registry)
-			p.from = answer
+			p.from, p.stretches = answer, append(p.stretches, stretch{p.offset, answer.host})
 			return nil
 		}
 		if isTransient(err) && p.ctx.Err() == nil {
@@ -129,9 +148,9 @@ func isTransient(err error) bool {
 	return errors.As(err, &t)
 }
 
-// ask asks each host once, and does not wait for long for those that are gone. wanted is
-// the pause that all want who may answer later.
-func (p *Part) ask(gone bool) (_ *answer, wanted time.Duration, _ error) {
+// ask asks each host once, for a short time only when it is to be hasty. wanted is the
+// pause that all want who may answer later.
+func (p *Part) ask(hasty bool) (_ *answer, wanted time.Duration, _ error) {
 	hosts, err := p.f.hosts(p.ctx, p.blob)
 	if err != nil {
 		return nil, 0, err
@@ -141,7 +160,7 @@ func (p *Part) ask(gone bool) (_ *answer, wanted time.Duration, _ error) {
 	for _, host := range hosts {
 		// Each gets its share of the time, or the last one none.
 		share := p.f.cfg.GiveUp / time.Duration(len(hosts))
-		if gone {
+		if hasty {
 			share = min(share, goneTimeout)
 		}
 		a, err := p.askHost(host, share)
@@ -152,10 +171,10 @@ func (p *Part) ask(gone bool) (_ *answer, wanted time.Duration, _ error) {
 			return nil, 0, err
 		}
 		if errors.Is(err, ErrNoBlob) && len(hosts) > 1 {
-			p.f.avoid(blobAt(host, p.blob), avoidMissing)
+			p.f.avoid(blobAt(host, p.blob), stumbled, avoidMissing)
 		}
 		if isTransient(err) {
-			p.f.avoid(nameOf(host), p.f.cfg.Avoid)
+			p.f.avoid(nameOf(host), stumbled, p.f.cfg.Avoid)
 			if pause := retryAfter(err); wanted < 0 || pause < wanted {
 				wanted = pause
 			}

@@ -64,19 +64,35 @@ func (n *noticing) last() *Credentials {
 	return n.used
 }
 
+// noticing is the authorizer of a session, nil while there is none.
+func (s *session) noticing() *noticing {
+	if a := s.authorizer.Load(); a != nil {
+		n, _ := (*a).(*noticing)
+		return n
+	}
+	return nil
+}
+
 // refused says that a host refused what it has only just issued itself.
 func (s *session) refused() {
-	if n, ok := s.authorizer.(*noticing); ok {
+	if n := s.noticing(); n != nil {
 		n.refused()
 	}
 }
 
 // hasOther tells whether there are other credentials to try than those of the session.
 func (s *session) hasOther(ctx context.Context) bool {
-	n, ok := s.authorizer.(*noticing)
-	if !ok || n.last() == nil {
+	n := s.noticing()
+	if n == nil {
 		return false
 	}
+	used := n.last()
 	other, err := n.find(ctx, n.host, n.repository)
-	return err == nil && !other.Opens(n.last())
+	switch {
+	case err != nil:
+		return false
+	case used == nil:
+		return other != nil // there was none before
+	}
+	return !other.Opens(used)
 }
