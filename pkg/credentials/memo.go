@@ -91,8 +91,8 @@ func NewMemo[V any](cfg MemoConfig) *Memo[V] {
 	return &Memo[V]{cfg: cfg, kept: map[string]*kept[V]{}}
 }
 
-// Get returns the answer that is kept under one of the keys, the first first, and
-// asks when there is none. One lookup for a first key runs at a time; all who want it
+// Get returns the answer that is kept under one of the keys, the first first and
+// failures last, and asks when there is none. One lookup for a first key runs at a time; all who want it
 // wait for it, each as long as its own context lasts. The lookup goes on without
 // them.
 //
@@ -109,13 +109,13 @@ func (m *Memo[V]) Get(ctx context.Context, keys []string, ask func(context.Conte
 		}
 		m.mu.Unlock()
 		if renew {
-			m.start(ctx, keys[0], ask)
+			m.start(ctx, keys, ask)
 		}
 		return value, err
 	}
 	m.mu.Unlock()
 	select {
-	case r := <-m.start(ctx, keys[0], ask):
+	case r := <-m.start(ctx, keys, ask):
 		if r.Err != nil {
 			var none V
 			return none, r.Err
@@ -128,29 +128,36 @@ func (m *Memo[V]) Get(ctx context.Context, keys []string, ask func(context.Conte
 	}
 }
 
-// find returns what is kept and not at its end. The caller holds the lock.
-func (m *Memo[V]) find(keys []string, now time.Time) *kept[V] {
+// find returns what is kept and not at its end: rather an answer than that there is
+// none. The caller holds the lock.
+func (m *Memo[V]) find(keys []string, now time.Time) (found *kept[V]) {
 	for _, key := range keys {
-		if k := m.kept[key]; k != nil && now.Before(k.end) {
+		k := m.kept[key]
+		switch {
+		case k == nil || !now.Before(k.end):
+		case k.plain:
 			return k
+		case found == nil:
+			found = k
 		}
 	}
-	return nil
+	return found
 }
 
 // start asks, unless that is being done.
-func (m *Memo[V]) start(ctx context.Context, key string, ask func(context.Context) (Answer[V], error)) <-chan singleflight.Result {
-	return m.one.DoChan(key, func() (any, error) {
+func (m *Memo[V]) start(ctx context.Context, keys []string, ask func(context.Context) (Answer[V], error)) <-chan singleflight.Result {
+	return m.one.DoChan(keys[0], func() (any, error) {
 		ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), m.cfg.Timeout, fmt.Errorf("no answer within %s", m.cfg.Timeout))
 		defer cancel()
 		answer, err := ask(ctx)
-		m.keep(key, answer, err)
+		m.keep(keys, answer, err)
 		return answer.Value, err
 	})
 }
 
-// keep keeps an answer or a failure.
-func (m *Memo[V]) keep(key string, answer Answer[V], err error) {
+// keep keeps an answer or a failure, but no failure beside an answer that counts for
+// one of the keys.
+func (m *Memo[V]) keep(keys []string, answer Answer[V], err error) {
 	now := m.cfg.Now()
 	k := &kept[V]{value: answer.Value, err: err, asked: now, used: now, plain: err == nil && !answer.Nothing}
 	switch {
@@ -167,12 +174,13 @@ func (m *Memo[V]) keep(key string, answer Answer[V], err error) {
 	if k.plain {
 		k.renew = k.end.Add(-min(m.cfg.Margin, k.end.Sub(now)/2))
 	}
+	key := keys[0]
 	if answer.Key != "" {
 		key = answer.Key
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if old := m.kept[key]; err != nil && old != nil && old.plain && now.Before(old.end) {
+	if old := m.find(keys, now); err != nil && old != nil && old.plain {
 		return // what could not be renewed is still good
 	}
 	if !now.Before(k.end) {

@@ -232,3 +232,63 @@ func TestMemoKeepsUnderAnotherKey(t *testing.T) {
 		}
 	}
 }
+
+// A renewal that fails hides no answer that still counts, under whichever key it is,
+// and neither does an older failure.
+func TestMemoPrefersAnswersToFailures(t *testing.T) {
+	clock := newClock()
+	m := NewMemo[int32](MemoConfig{Now: clock.Now})
+	failed := errors.New("failed")
+	var fails atomic.Bool
+	asked := make(chan struct{}, 10)
+	ask := func(context.Context) (Answer[int32], error) {
+		defer func() { asked <- struct{}{} }()
+		if fails.Load() {
+			return Answer[int32]{}, failed
+		}
+		return Answer[int32]{Value: 7, Key: "registry", Expires: clock.Now().Add(10 * time.Minute)}, nil
+	}
+	get := func(image string) error {
+		t.Helper()
+		v, err := m.Get(t.Context(), []string{image, "registry"}, ask)
+		if err == nil && v != 7 {
+			t.Fatalf("got %d", v)
+		}
+		return err
+	}
+	fails.Store(true)
+	if err := get("b"); !errors.Is(err, failed) {
+		t.Fatal(err)
+	}
+	fails.Store(false)
+	if err := get("a"); err != nil {
+		t.Fatal(err)
+	}
+	if err := get("b"); err != nil {
+		t.Errorf("an old failure hides what another image brought: %v", err)
+	}
+	fails.Store(true)
+	for range 2 {
+		<-asked
+	}
+	clock.move(9*time.Minute + 30*time.Second)
+	if err := get("a"); err != nil { // renews it
+		t.Fatal(err)
+	}
+	<-asked
+	if r := <-m.one.DoChan("a", func() (any, error) { return nil, nil }); r.Err != nil && !errors.Is(r.Err, failed) {
+		t.Fatal(r.Err)
+	}
+	if err := get("a"); err != nil {
+		t.Errorf("what could not be renewed is hidden before its end: %v", err)
+	}
+	m.mu.Lock()
+	if m.kept["a"] != nil {
+		t.Error("the failure is kept")
+	}
+	m.mu.Unlock()
+	clock.move(31 * time.Second)
+	if err := get("a"); !errors.Is(err, failed) {
+		t.Errorf("after its end: %v", err)
+	}
+}
