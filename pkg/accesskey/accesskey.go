@@ -9,7 +9,8 @@
 //   - A file that somebody else than root could read or write is refused.
 //   - What a profile says is used or refused, never passed over: nydusd knows an id and
 //     a secret, no session and no role.
-//   - Errors name file, profile and key, and repeat nothing of what the file says.
+//   - Errors name file, profile and key, and repeat nothing else of what the file says:
+//     of a key that is none they name the line.
 //
 // Do not use it for logins at registries (pkg/registry), nor to find credentials that
 // nobody named: it reads no environment and asks no metadata service.
@@ -21,6 +22,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -100,18 +102,43 @@ func read(path string, format Format, profile string) (Key, error) {
 	if len(sections) > 1 {
 		return Key{}, fmt.Errorf("profile %q is there twice", profile)
 	}
-	key, err := n.key(sections[0])
+	named := func(key string) string { return shown(text, profile, key) }
+	key, err := n.key(sections[0], named)
 	if err != nil {
 		return Key{}, fmt.Errorf("profile %q: %w", profile, err)
 	}
 	return key, nil
 }
 
-func (n names) key(s *ini.Section) (Key, error) {
+// plainName is that of a key that can be named. A line with a colon in the place of the
+// equals sign has its value in the name, and base64 ends with equals signs.
+const plainName = "^[a-z_]{1,32}$"
+
+// shown is how a key of a profile stands in errors.
+func shown(text []byte, profile, key string) string {
+	if ok, err := regexp.MatchString(plainName, key); ok && err == nil {
+		return key
+	}
+	inside := false
+	for i, line := range strings.Split(string(text), "\n") {
+		line = strings.TrimSpace(line)
+		if strings.HasPrefix(line, "[") {
+			inside = strings.TrimSpace(strings.Trim(line, "[]")) == profile
+			continue
+		}
+		if name, _, _ := strings.Cut(line, "="); inside && strings.Trim(name, " \t\"`") == key {
+			return fmt.Sprintf("in line %d", i+1)
+		}
+	}
+	return "whose name cannot be shown"
+}
+
+// key reads a profile. Named is how a key stands in errors.
+func (n names) key(s *ini.Section, named func(string) string) (Key, error) {
 	var key Key
 	for _, k := range s.Keys() {
 		if len(k.ValueWithShadows()) > 1 {
-			return Key{}, fmt.Errorf("%s is there twice", k.Name())
+			return Key{}, fmt.Errorf("key %s is there twice", named(k.Name()))
 		}
 		switch value := k.Value(); {
 		case k.Name() == n.id:
@@ -125,7 +152,7 @@ func (n names) key(s *ini.Section) (Key, error) {
 				return Key{}, fmt.Errorf(`%s: nydusd can use "access_key" only`, n.kind)
 			}
 		default:
-			return Key{}, fmt.Errorf("unknown key %q: want %s and %s", k.Name(), n.id, n.secret)
+			return Key{}, fmt.Errorf("unknown key %s: want NAME = VALUE, with %s and %s", named(k.Name()), n.id, n.secret)
 		}
 	}
 	for name, value := range map[string]string{n.id: key.ID, n.secret: key.Secret} {
