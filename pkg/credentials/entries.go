@@ -9,7 +9,9 @@ import (
 	"net"
 	"net/url"
 	"path"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -41,30 +43,46 @@ type Pattern struct {
 	host, port, path string
 }
 
-// ParsePattern reads a pattern. Entries may also be URLs, as docker wrote them, in
-// which /v1/ and /v2/ mean nothing.
+// ParseEntry reads the pattern of a login. It may also be a URL, as docker wrote them,
+// in which /v1/ and /v2/ before anything else mean nothing, as for kubelet.
+func ParseEntry(text string) (Pattern, error) {
+	p, err := ParsePattern(text)
+	for _, api := range []string{"v1/", "v2/"} {
+		if rest, ok := strings.CutPrefix(p.path, api); ok {
+			p.path = rest
+			break
+		}
+	}
+	return p, err
+}
+
+// ParsePattern reads a pattern as matchImages has it. Errors repeat it only when it
+// looks like one: what stands in its place may be a URL with a password.
 func ParsePattern(text string) (Pattern, error) {
 	rest := strings.TrimPrefix(strings.TrimPrefix(text, "https://"), "http://")
 	host, repository, _ := strings.Cut(rest, "/")
-	for _, api := range []string{"v1", "v2"} {
-		if repository == api {
-			repository = ""
-		}
-		repository = strings.TrimPrefix(repository, api+"/")
-	}
 	p := Pattern{text: text, host: host, path: repository}
 	if name, port, err := net.SplitHostPort(host); err == nil {
 		p.host, p.port = name, port
 	}
-	if _, err := url.Parse("https://" + strings.ReplaceAll(host, "*", "x")); err != nil || p.host == "" {
-		return Pattern{}, fmt.Errorf("%q is no registry with, or without, the beginning of a repository", text)
+	if _, err := url.Parse("https://" + strings.ReplaceAll(host, "*", "x")); err != nil || p.host == "" || strings.Contains(host, "@") {
+		return Pattern{}, fmt.Errorf("%s is no registry with, or without, the beginning of a repository", shown(text))
 	}
 	for _, label := range strings.Split(p.host, ".") {
 		if _, err := path.Match(label, ""); err != nil {
-			return Pattern{}, fmt.Errorf("%q: %q is no pattern for a part of a host's name", text, label)
+			return Pattern{}, fmt.Errorf("%s has no pattern for a part of a host's name", shown(text))
 		}
 	}
 	return p, nil
+}
+
+// shown is how a name stands in messages: as it is if nothing in it can be a secret.
+func shown(name string) string {
+	const host, port, repository = `[A-Za-z0-9.*_\[\]-]+`, `(:[0-9]{1,5})?`, `(/[A-Za-z0-9.*_/-]*)?`
+	if ok, err := regexp.MatchString(`^(https?://)?`+host+port+repository+`$`, name); !ok || err != nil || len(name) > 255 {
+		return "an entry"
+	}
+	return strconv.Quote(name)
 }
 
 // Matches tells whether the pattern is for a repository of a host.
@@ -165,14 +183,14 @@ func ParseConfig(text []byte, source string, since time.Time) ([]Entry, error) {
 // entries returns what is good, and what is wrong with the rest.
 func entries(auths map[string]login, source string, since time.Time) (list []Entry, err error) {
 	for name, l := range auths {
-		pattern, fault := ParsePattern(name)
+		pattern, fault := ParseEntry(name)
 		if fault != nil {
 			err = errors.Join(err, fault)
 			continue
 		}
 		c, fault := l.credentials(source, since)
 		if fault != nil {
-			err = errors.Join(err, fmt.Errorf("the entry for %q: %w", name, fault))
+			err = errors.Join(err, fmt.Errorf("the login for %s: %w", shown(name), fault))
 		} else if c != nil {
 			list = append(list, Entry{pattern, c})
 		}

@@ -2,6 +2,7 @@ package credentials
 
 import (
 	"encoding/base64"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -20,7 +21,9 @@ func TestPatterns(t *testing.T) {
 		{"registry.example:5000", "registry.example", "a", false},
 		{"https://registry.example/v2/", "registry.example", "a", true},
 		{"http://registry.example/v1/", "registry.example", "a", true},
-		{"registry.example/v1", "registry.example", "a", true},
+		{"registry.example/v2", "registry.example", "a", false},
+		{"registry.example/v2", "registry.example", "v2/a", true},
+		{"registry.example/v1/v2/a", "registry.example", "v2/a", true},
 		{"registry.example/team", "registry.example", "team/a", true},
 		{"registry.example/team", "registry.example", "other/a", false},
 		{"registry.example/team/a", "registry.example", "team", false},
@@ -41,14 +44,17 @@ func TestPatterns(t *testing.T) {
 		{"*.docker.io", "registry-1.docker.io", "library/a", true},
 		{"[::1]:5000", "[::1]:5000", "a", true},
 	} {
-		p, err := ParsePattern(c.pattern)
+		p, err := ParseEntry(c.pattern)
 		if err != nil {
 			t.Errorf("%s: %v", c.pattern, err)
 		} else if got := p.Matches(c.host, c.repository); got != c.want {
 			t.Errorf("%s for %s/%s: %v", c.pattern, c.host, c.repository, got)
 		}
 	}
-	for _, bad := range []string{"", "/a", "https://", "registry[.example", "a b.example"} {
+	if p, err := ParsePattern("registry.example/v2/team"); err != nil || p.Matches("registry.example", "team/a") || !p.Matches("registry.example", "v2/team/a") {
+		t.Errorf("matchImages has no API in it: %+v, %v", p, err)
+	}
+	for _, bad := range []string{"https://user:password@registry.example", "", "/a", "https://", "registry[.example", "a b.example"} {
 		if p, err := ParsePattern(bad); err == nil {
 			t.Errorf("%q is a pattern: %+v", bad, p)
 		}
@@ -101,5 +107,23 @@ func TestBrokenEntriesTellNoSecret(t *testing.T) {
 	list, err := ParseConfig([]byte(`{"bad[.example": {"auth": "eDp5"}, "r.example": {"auth": "eDp5"}}`), "somewhere", time.Time{})
 	if len(list) != 1 || err == nil || !strings.Contains(err.Error(), "bad[.example") {
 		t.Errorf("%d entries, %v; want the good one, and what is wrong with the other", len(list), err)
+	}
+}
+
+// Names of entries are in errors only when they are names.
+func TestBrokenNamesTellNoSecret(t *testing.T) {
+	for _, name := range []string{
+		"https://user:canary@registry.example", "user:canary@registry.example/a", "canary%zz", "registry.example/?token=canary", "registry.example/#canary",
+		"registry.example:canary", "canary registry.example", "https://canary:canary", "bad[.example/?canary", "canary\nx", strings.Repeat("canary", 100),
+	} {
+		text := `{` + strconv.Quote(name) + `: {"auth": "!"}}`
+		if _, err := ParseConfig([]byte(text), "somewhere", time.Time{}); err == nil || strings.Contains(err.Error(), "canary") || !strings.Contains(err.Error(), "an entry") {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+	for _, name := range []string{"https://registry.example:5000/v2/team/a_b", "*.example", "bad[.example"} {
+		if _, err := ParseConfig([]byte(`{"`+name+`": {"auth": "!"}}`), "somewhere", time.Time{}); err == nil || !strings.Contains(err.Error(), strconv.Quote(name)) {
+			t.Errorf("%q is not named: %v", name, err)
+		}
 	}
 }

@@ -171,7 +171,7 @@ func (p *plugin) read(answer *pluginv1.CredentialProviderResponse, keys []string
 	}
 	out.Expires = p.now().Add(keep)
 	for name, auth := range answer.Auth {
-		pattern, err := credentials.ParsePattern(name)
+		pattern, err := credentials.ParseEntry(name)
 		if err != nil {
 			return out, errors.New("it answers with an auth entry that is for no registry")
 		}
