@@ -2,6 +2,7 @@ package kit
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -36,17 +37,26 @@ func FindSecret(secret string, roots ...string) ([]string, error) {
 	}
 	for _, root := range roots {
 		err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+			if path != root && errors.Is(err, fs.ErrNotExist) {
+				return nil // it has just gone
+			}
 			if err != nil || !d.Type().IsRegular() {
 				return err
 			}
 			text, err := os.ReadFile(path)
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
 			if err != nil {
 				return err
 			}
 			if bytes.Contains(text, needle) {
 				info, err := d.Info()
-				if err != nil {
+				if err != nil && !errors.Is(err, fs.ErrNotExist) {
 					return err
+				}
+				if info == nil {
+					return nil
 				}
 				found = append(found, fmt.Sprintf("%s (mode %04o)", path, info.Mode().Perm()))
 			}
