@@ -8,7 +8,7 @@
 // What the package promises:
 //
 //   - A plugin's run is bounded in time, and so is what it prints. It dies with its
-//     time.
+//     time, and its process group with it.
 //   - What a plugin prints is in no error and no log: it may be a secret.
 //   - Answers are kept as long as, and for what, the plugin says.
 //

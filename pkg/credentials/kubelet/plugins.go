@@ -6,11 +6,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	configv1 "k8s.io/kubelet/config/v1"
 	pluginv1 "k8s.io/kubelet/pkg/apis/credentialprovider/v1"
@@ -203,9 +207,7 @@ func (p *plugin) ask(ctx context.Context, image string) (*pluginv1.CredentialPro
 	cmd := exec.CommandContext(ctx, p.path, p.args...)
 	cmd.Env = p.env
 	cmd.Stdin, cmd.Stdout = bytes.NewReader(request), out
-	// A child that the plugin leaves behind must not hold us by its pipe.
-	cmd.WaitDelay = time.Second
-	err = cmd.Run()
+	err = runGroup(cmd)
 	switch {
 	case ctx.Err() != nil:
 		return nil, context.Cause(ctx)
@@ -217,6 +219,40 @@ func (p *plugin) ask(ctx context.Context, image string) (*pluginv1.CredentialPro
 		return nil, errors.New("it answers with something that is not JSON")
 	}
 	return answer, nil
+}
+
+// runGroup runs a command made with a context in a process group of its own. What is
+// left of the group dies with the command, and the command with its context.
+func runGroup(cmd *exec.Cmd) error {
+	var mu sync.Mutex
+	gone := false // once the command was waited for, its pid may be another's
+	kill := func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		if gone {
+			return os.ErrProcessDone
+		}
+		return unix.Kill(-cmd.Process.Pid, unix.SIGKILL)
+	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = kill
+	// A child that has left the group must not hold us by its pipe.
+	cmd.WaitDelay = time.Second
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	// It stays a zombie, and with it its pid stays the group's.
+	waited := unix.EINTR
+	for waited == unix.EINTR {
+		waited, _ = unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil).(unix.Errno)
+	}
+	if waited == 0 {
+		_ = kill() // a zombie cannot refuse
+	}
+	mu.Lock()
+	gone = true
+	mu.Unlock()
+	return cmd.Wait()
 }
 
 // bounded is a buffer that takes maxOutput bytes.

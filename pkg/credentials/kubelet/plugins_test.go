@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -249,6 +251,58 @@ func TestPluginHangs(t *testing.T) {
 	defer cancel()
 	if _, err := n.plugins(300*time.Millisecond).Lookup(ctx, "r.example", "a"); err == nil || !strings.Contains(err.Error(), "no answer within 300ms") {
 		t.Errorf("%v", err)
+	}
+}
+
+// What a plugin leaves behind ends with it, whether it answers or hangs.
+func TestPluginsLeaveNothingBehind(t *testing.T) {
+	for name, c := range map[string]struct {
+		then    string
+		timeout time.Duration
+		want    string
+	}{
+		"hangs":   {"wait", 3 * time.Second, "no answer within 3s"},
+		"answers": {answer("Image", "", "*.example", "u", "p"), time.Minute, ""},
+		"fails":   {"exit 3", time.Minute, "exit status 3"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			pidFile := filepath.Join(n.dir, "pid")
+			n.plugin("p", `"*.example"`, "sleep 1000 &\necho $! >"+pidFile+"\n"+c.then)
+			list, err := n.plugins(c.timeout).Lookup(t.Context(), "r.example", "a")
+			if c.want == "" && (err != nil || len(list) != 1) || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+				t.Errorf("%v, %v; want %q", list, err, c.want)
+			}
+			text, err := os.ReadFile(pidFile)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			ended(t, pid)
+		})
+	}
+}
+
+// ended waits until a process that is not our child has ended; a zombie has.
+func ended(t *testing.T, pid int) {
+	t.Helper()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	late := time.After(20 * time.Second)
+	for {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil || !strings.Contains(string(text), "(sleep)") || strings.Contains(string(text), ") Z ") {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-late:
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+			t.Fatal("its child lives on")
+		}
 	}
 }
 
