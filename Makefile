@@ -121,7 +121,7 @@ test-e2e: need-root tools build ## conventions, end to end and kill points, with
 
 .PHONY: soak
 soak: need-root tools build ## the whole kill matrix, 50 kills in each cell, the random soak and random faults of registries, for SOAK_TIME each (root, hours)
-	cd test && CRASH_CELLS=all CRASH_KILLS=$${CRASH_KILLS:-50} SOAK_TIME=$${SOAK_TIME:-30m} \
+	cd test && CRASH_CELLS=all CRASH_KILLS=$${CRASH_KILLS:-50} SOAK_TIME=$${SOAK_TIME:-30m} FAULTS_TIME=$${SOAK_TIME:-30m} \
 	  $(GO) test -p 1 -count=1 -v -timeout 24h -run '$(RUN)' ./crash ./registry
 
 .PHONY: fuzz

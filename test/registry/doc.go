@@ -7,5 +7,5 @@
 // docker's protocol and signs tokens that docker-registry accepts. docker-registry takes
 // a token for a minute after its end, so that the lab's proxy refuses those in its place.
 //
-// SOAK_TIME is how long TestRandomFaults goes on, SEED which faults it makes.
+// FAULTS_TIME is how long TestRandomFaults goes on, SEED which faults it makes.
 package registry

@@ -134,7 +134,7 @@ func (c *cluster) round() {
 // TestRandomFaults reads an image again and again while its hosts fall ill and recover,
 // and tokens end: as long as one of them is well each read gives the right bytes.
 func TestRandomFaults(t *testing.T) {
-	length, err := time.ParseDuration(os.Getenv("SOAK_TIME"))
+	length, err := time.ParseDuration(os.Getenv("FAULTS_TIME"))
 	if err != nil {
 		length = 30 * time.Second
 	}
@@ -142,7 +142,7 @@ func TestRandomFaults(t *testing.T) {
 	if err != nil {
 		seed = rand.Uint64()
 	}
-	t.Logf("SEED=%d SOAK_TIME=%s", seed, length)
+	t.Logf("SEED=%d FAULTS_TIME=%s", seed, length)
 	c := newCluster(t)
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
