@@ -204,7 +204,7 @@ func (p *Proxy) pullImage(_ any, ctx context.Context, decode func(any) error, _ 
 			with.Proven = true
 			p.note(to, p.store.add(to.host, to.repository, with))
 		case refused(err):
-			p.note(to, p.store.drop(to.host, to.repository, with))
+			p.note(to, p.store.refuse(to.host, to.repository, with))
 		}
 	}
 	if sent := errors.Join(grpc.SetHeader(ctx, header), grpc.SetTrailer(ctx, trailer)); sent != nil {

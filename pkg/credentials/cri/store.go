@@ -23,13 +23,17 @@ import (
 )
 
 const (
-	// maxFiles bounds how many repositories are known; the one that was not pulled for
-	// the longest time goes.
+	// maxFiles bounds how many repositories are known, maxTotal their files in bytes:
+	// they share the run directory's tmpfs, and whoever starts pods can bring any.
+	// Those go first that have no proven login, and of them the one that was not pulled
+	// for the longest time.
 	maxFiles = 1000
+	maxTotal = 8 << 20
 	// maxLogins bounds how many logins of a repository are known.
 	maxLogins = 4
-	// maxFile bounds a file in bytes.
-	maxFile = 256 << 10
+	// maxLogin bounds a login in bytes, maxFile a file.
+	maxLogin = 16 << 10
+	maxFile  = maxLogins*maxLogin + 4<<10
 	// version of the files.
 	version = 1
 
@@ -44,6 +48,8 @@ type Store struct {
 	dir string
 	now func() time.Time
 	mu  sync.Mutex // held while a file is changed
+	// proven tells which files have a proven login, as far as that was looked up.
+	proven map[string]bool
 }
 
 // saved is a file.
@@ -81,7 +87,7 @@ func OpenStore(dir string, now func() time.Time) *Store {
 	if now == nil {
 		now = time.Now
 	}
-	return &Store{dir: dir, now: now}
+	return &Store{dir: dir, now: now, proven: map[string]bool{}}
 }
 
 // Setup makes the directory, and refuses one that is not in memory or not trusted.
@@ -143,9 +149,12 @@ func (*Store) Name() string { return "kubelet's pulls" }
 // first, and of them the newest.
 func (s *Store) Lookup(_ context.Context, host, repository string) ([]*registry.Credentials, error) {
 	host = hostOf(host)
-	file, err := s.read(host, repository)
+	file, err := s.read(s.path(host, repository))
 	if err != nil || file == nil {
 		return nil, err
+	}
+	if file.Host != host || file.Repository != repository {
+		return nil, fmt.Errorf("read kubelet's credentials: %s is another image's; remove it", s.path(host, repository))
 	}
 	var list []*registry.Credentials
 	for _, l := range file.Logins {
@@ -163,8 +172,7 @@ func (s *Store) Lookup(_ context.Context, host, repository string) ([]*registry.
 }
 
 // read returns nil when nothing is known.
-func (s *Store) read(host, repository string) (*saved, error) {
-	path := s.path(host, repository)
+func (*Store) read(path string) (*saved, error) {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -186,7 +194,7 @@ func (s *Store) read(host, repository string) (*saved, error) {
 		return nil, fmt.Errorf("read kubelet's credentials: %w", err)
 	}
 	file := &saved{}
-	if json.Unmarshal(text, file) != nil || file.Version != version || file.Host != host || file.Repository != repository {
+	if json.Unmarshal(text, file) != nil || file.Version != version {
 		return nil, fmt.Errorf("read kubelet's credentials: %s is not as this version writes it; remove it", path)
 	}
 	return file, nil
@@ -196,6 +204,9 @@ func (s *Store) read(host, repository string) (*saved, error) {
 // otherwise.
 func (s *Store) add(host, repository string, l login) error {
 	l.At = s.now()
+	if text, err := json.Marshal(l); err != nil || len(text) > maxLogin {
+		return fmt.Errorf("keep kubelet's credentials: the login has %d bytes, more than %d", len(text), maxLogin)
+	}
 	return s.change(host, repository, func(list []login) []login {
 		if i := slices.IndexFunc(list, l.same); i >= 0 {
 			l.Proven = l.Proven || list[i].Proven
@@ -221,9 +232,26 @@ func (s *Store) add(host, repository string, l login) error {
 	})
 }
 
-// drop forgets a login.
-func (s *Store) drop(host, repository string, l login) error {
-	return s.change(host, repository, func(list []login) []login { return slices.DeleteFunc(list, l.same) })
+// refuse forgets a login that a registry refused. One that is proven is no longer that,
+// but stays: a registry may be wrong once, and a pull may ask for too much.
+func (s *Store) refuse(host, repository string, l login) error {
+	return s.change(host, repository, func(list []login) []login {
+		i := slices.IndexFunc(list, l.same)
+		if i < 0 {
+			return list
+		}
+		was := list[i]
+		list = slices.Delete(list, i, i+1)
+		if !was.Proven {
+			return list
+		}
+		was.Proven = false
+		at := slices.IndexFunc(list, func(have login) bool { return !have.Proven })
+		if at < 0 {
+			at = len(list)
+		}
+		return slices.Insert(list, at, was)
+	})
 }
 
 // change replaces a repository's file.
@@ -234,12 +262,13 @@ func (s *Store) change(host, repository string, f func([]login) []login) error {
 		return err
 	}
 	path := s.path(host, repository)
-	file, err := s.read(host, repository)
-	if err != nil || file == nil {
+	file, err := s.read(path)
+	if err != nil || file == nil || file.Host != host || file.Repository != repository {
 		// What cannot be read is of no use to anybody.
 		file = &saved{Version: version, Host: host, Repository: repository}
 	}
 	if file.Logins = f(file.Logins); len(file.Logins) == 0 {
+		delete(s.proven, path)
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("forget kubelet's credentials: %w", err)
 		}
@@ -255,12 +284,18 @@ func (s *Store) change(host, repository string, f func([]login) []login) error {
 	if err != nil {
 		return fmt.Errorf("keep kubelet's credentials: %w", err)
 	}
+	s.proven[path] = file.proven()
 	return nil
+}
+
+// proven tells whether an image was pulled with one of the logins.
+func (f *saved) proven() bool {
+	return f != nil && slices.ContainsFunc(f.Logins, func(l login) bool { return l.Proven })
 }
 
 // write replaces a file so that it is always either the old or the new one.
 func (s *Store) write(path string, text []byte) (err error) {
-	if err := s.makeRoom(path); err != nil {
+	if err := s.makeRoom(path, int64(len(text))); err != nil {
 		return err
 	}
 	tmp := filepath.Join(s.dir, fmt.Sprintf("%s%d", unfinished, rand.Uint64()))
@@ -280,30 +315,70 @@ func (s *Store) write(path string, text []byte) (err error) {
 	return os.Rename(tmp, path)
 }
 
-// makeRoom removes the oldest files when there are too many for one more.
-func (s *Store) makeRoom(path string) error {
-	if _, err := os.Lstat(path); err == nil {
-		return nil
-	}
-	entries, err := os.ReadDir(s.dir)
-	if err != nil || len(entries) < maxFiles {
+// makeRoom removes files until one more, of a size, is not too much.
+func (s *Store) makeRoom(path string, size int64) error {
+	files, err := s.files(path)
+	if err != nil {
 		return err
 	}
-	type aged struct {
-		name string
-		at   time.Time
+	total := size
+	for _, f := range files {
+		total += f.size
 	}
-	var files []aged
-	for _, e := range entries {
-		if info, err := e.Info(); err == nil && strings.HasSuffix(e.Name(), suffix) {
-			files = append(files, aged{e.Name(), info.ModTime()})
+	if len(files) < maxFiles && total <= maxTotal {
+		return nil
+	}
+	for i := range files {
+		files[i].proven = s.isProven(files[i].path)
+	}
+	slices.SortFunc(files, func(a, b kept) int {
+		if a.proven != b.proven {
+			if b.proven {
+				return -1
+			}
+			return 1
 		}
-	}
-	slices.SortFunc(files, func(a, b aged) int { return a.at.Compare(b.at) })
-	for i := 0; i <= len(files)-maxFiles; i++ {
-		if err := os.Remove(filepath.Join(s.dir, files[i].name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return a.at.Compare(b.at)
+	})
+	for len(files) >= maxFiles || len(files) > 0 && total > maxTotal {
+		if err := os.Remove(files[0].path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
+		delete(s.proven, files[0].path)
+		total -= files[0].size
+		files = files[1:]
 	}
 	return nil
+}
+
+// kept is a file that is there.
+type kept struct {
+	path   string
+	size   int64
+	at     time.Time
+	proven bool
+}
+
+// files are all but one.
+func (s *Store) files(but string) (list []kept, err error) {
+	entries, err := os.ReadDir(s.dir)
+	for _, e := range entries {
+		path := filepath.Join(s.dir, e.Name())
+		if info, err := e.Info(); err == nil && path != but && strings.HasSuffix(path, suffix) {
+			list = append(list, kept{path: path, size: info.Size(), at: info.ModTime()})
+		}
+	}
+	return list, err
+}
+
+// isProven reads a file once at most: what it has is known after each change, and a
+// change is what this is for.
+func (s *Store) isProven(path string) bool {
+	proven, known := s.proven[path]
+	if !known {
+		file, err := s.read(path)
+		proven = err == nil && file.proven()
+		s.proven[path] = proven
+	}
+	return proven
 }

@@ -84,7 +84,7 @@ func TestStoreOrder(t *testing.T) {
 	add(t, s, "a", login{User: "one", Password: "p"}) // is still proven
 	want("one,three,two")
 	for _, l := range []login{{User: "two", Password: "p"}, {User: "three", Password: "wrong"}} {
-		if err := s.drop("r.example", "a", l); err != nil {
+		if err := s.refuse("r.example", "a", l); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -103,11 +103,25 @@ func TestStoreOrder(t *testing.T) {
 			t.Errorf("%v: %q", other, got)
 		}
 	}
-	for _, user := range []string{"9", "8", "7", "last"} {
-		if err := s.drop("r.example", "a", login{User: user, Password: "p"}); err != nil {
-			t.Fatal(err)
+	refuse := func(users ...string) {
+		t.Helper()
+		for _, user := range users {
+			if err := s.refuse("r.example", "a", login{User: user, Password: "p"}); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
+	refuse("8") // was proven, and comes after those that still are
+	want("9,7,8,last")
+	add(t, s, "a", login{User: "8", Password: "p", Proven: true})
+	want("8,9,7,last")
+	refuse("8", "last")
+	want("9,7,8")
+	refuse("8", "8")
+	want("9,7")
+	refuse("9", "7")
+	want("7,9")
+	refuse("9", "7")
 	if left, _ := os.ReadDir(s.dir); len(left) != 0 {
 		t.Errorf("a file is left: %v", left)
 	}
@@ -256,6 +270,84 @@ func TestStoreIsBounded(t *testing.T) {
 			t.Errorf("%s: %q", name, got)
 		}
 	}
+}
+
+// Whoever brings many or large logins fills no tmpfs, and drives out what was proven
+// last.
+func TestStoreIsBoundedInBytes(t *testing.T) {
+	s := newStore(t)
+	huge := login{User: secret, Password: strings.Repeat("x", maxLogin)}
+	if err := s.add("r.example", "huge", huge); err == nil || !strings.Contains(err.Error(), "more than") || strings.Contains(err.Error(), secret) {
+		t.Errorf("a huge login: %v", err)
+	}
+	escaped := login{User: "u", Password: strings.Repeat("\x00", maxLogin/4)} // JSON has 6 bytes for each
+	if err := s.add("r.example", "huge", escaped); err == nil {
+		t.Error("a login that is huge in its file is kept")
+	}
+	if got := users(t, s, "r.example", "huge"); got != "" {
+		t.Errorf("%q", got)
+	}
+	old := time.Now().Add(-time.Hour)
+	age := func(repository string) {
+		t.Helper()
+		if err := os.Chtimes(s.path("r.example", repository), time.Time{}, old); err != nil {
+			t.Fatal(err)
+		}
+	}
+	add(t, s, "proven", login{User: "good", Password: "p", Proven: true})
+	age("proven")
+	s = OpenStore(s.dir, nil) // a new process knows nothing of it
+	large := strings.Repeat("x", maxLogin-200)
+	var last string
+	for i := range maxTotal/(maxLogins*len(large)) + 5 {
+		last = fmt.Sprint("large", i)
+		for user := range maxLogins {
+			add(t, s, last, login{User: fmt.Sprint(user), Password: large})
+		}
+		if total := size(t, s); total > maxTotal {
+			t.Fatalf("%d bytes", total)
+		}
+	}
+	for i := range maxFiles {
+		if err := os.WriteFile(filepath.Join(s.dir, fmt.Sprint(i)+suffix), []byte("{}"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	last = "many"
+	add(t, s, last, login{User: "u", Password: "p"})
+	if left, err := os.ReadDir(s.dir); err != nil || len(left) > maxFiles {
+		t.Errorf("%d files, %v", len(left), err)
+	}
+	for repository, want := range map[string]string{"proven": "good", last: "u", "large0": ""} {
+		if got := users(t, s, "r.example", repository); got != want {
+			t.Errorf("%s: %q, want %q", repository, got, want)
+		}
+	}
+	// Refused, it is the oldest of many.
+	if err := s.refuse("r.example", "proven", login{User: "good", Password: "p"}); err != nil {
+		t.Fatal(err)
+	}
+	age("proven")
+	add(t, s, "one more", login{User: "u", Password: "p"})
+	if got := users(t, s, "r.example", "proven"); got != "" {
+		t.Errorf("what is no longer proven drives out others: %q", got)
+	}
+}
+
+func size(t *testing.T, s *Store) (total int64) {
+	t.Helper()
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		info, err := e.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		total += info.Size()
+	}
+	return total
 }
 
 // Readers see the old file or the new one.
