@@ -242,11 +242,11 @@ func runGroup(cmd *exec.Cmd) error {
 		return err
 	}
 	// It stays a zombie, and with it its pid stays the group's.
-	waited := unix.EINTR
-	for waited == unix.EINTR {
-		waited, _ = unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil).(unix.Errno)
+	waited := error(unix.EINTR)
+	for errors.Is(waited, unix.EINTR) {
+		waited = unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
 	}
-	if waited == 0 {
+	if waited == nil {
 		_ = kill() // a zombie cannot refuse
 	}
 	mu.Lock()
