@@ -228,6 +228,8 @@ func credentialsNeed(ctx context.Context, keychain registry.Keychain, at registr
 		return "", err
 	case c.IdentityToken != "":
 		return fmt.Sprintf("a login that is an identity token (%s)", c.Source), nil
+	case c.OneOfSeveral:
+		return fmt.Sprintf("one of several logins (%s)", c.Source), nil
 	case !c.Expires.IsZero():
 		return fmt.Sprintf("credentials that expire (%s)", c.Source), nil
 	}

@@ -226,6 +226,7 @@ func TestCredentialsThatExpire(t *testing.T) {
 		"lasting":        {registry.Credentials{Auth: "dTpw", Source: "a"}, config.GatewayAuto, false, ""},
 		"expiring":       {registry.Credentials{Auth: "dTpw", Source: "plugin x", Expires: time.Now().Add(time.Hour)}, config.GatewayAuto, true, "credentials that expire (plugin x)"},
 		"identity":       {registry.Credentials{IdentityToken: "canary", Source: "b"}, config.GatewayAuto, true, "identity token (b)"},
+		"several":        {registry.Credentials{Auth: "dTpw", Source: "s", OneOfSeveral: true}, config.GatewayAuto, true, "one of several logins (s)"},
 		"never":          {registry.Credentials{Auth: "dTpw", Source: "a", Expires: time.Now()}, config.GatewayNever, false, ""},
 		"never identity": {registry.Credentials{IdentityToken: "canary", Source: "b"}, config.GatewayNever, false, "identity token"},
 	} {

@@ -88,7 +88,9 @@ func (c *Chain) Credentials(ctx context.Context, host, repository string) (*regi
 			faults = append(faults, fmt.Errorf("%s: %w", p.Name(), err))
 		}
 		if i := slices.IndexFunc(list, func(one *registry.Credentials) bool { return c.refusedAt(host, repository, one).IsZero() }); i >= 0 {
-			return list[i], nil
+			one := *list[i]
+			one.OneOfSeveral = len(list) > 1
+			return &one, nil
 		}
 		tried = append(tried, list...)
 		if ctx.Err() != nil {

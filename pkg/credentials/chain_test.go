@@ -191,3 +191,30 @@ func TestDockerHelpersAreKept(t *testing.T) {
 		t.Errorf("a login does not count at once: %v, %v", now, err)
 	}
 }
+
+// Whoever hands credentials on, and cannot tell what is refused, learns that there are
+// others.
+func TestOneOfSeveral(t *testing.T) {
+	one, two := registry.Basic("a", "1", "s", time.Time{}), registry.Basic("b", "2", "s", time.Time{})
+	for name, c := range map[string]struct {
+		list []*registry.Credentials
+		want bool
+	}{"one": {[]*registry.Credentials{one}, false}, "two": {[]*registry.Credentials{one, two}, true}} {
+		got, err := NewChain(nil, several(c.list)).Credentials(t.Context(), "r.test", "a/b")
+		if err != nil || got.OneOfSeveral != c.want || !got.Opens(one) {
+			t.Errorf("%s: %v, %v", name, got.OneOfSeveral, err)
+		}
+	}
+	if one.OneOfSeveral {
+		t.Error("the provider's own credentials were changed")
+	}
+}
+
+// several is a provider.
+type several []*registry.Credentials
+
+func (several) Name() string { return "several" }
+
+func (s several) Lookup(context.Context, string, string) ([]*registry.Credentials, error) {
+	return s, nil
+}

@@ -34,6 +34,9 @@ type Credentials struct {
 	Source string
 	// Expires is until when they may be kept; zero when the source knows of no end.
 	Expires time.Time
+	// OneOfSeveral says that the source has others for the same repository: which of them
+	// the registry takes shows when they are used.
+	OneOfSeveral bool
 }
 
 // hidden stands for credentials wherever they are written.
