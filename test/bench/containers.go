@@ -14,16 +14,16 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
 
-// firstRun pulls an image onto an empty node and runs a program in it. With
-// slow, the registry is behind a limited link meanwhile.
-func (l *lab) firstRun(slow bool) *contest {
+// firstRun pulls an image onto an empty node and runs a program in it. The registry is
+// behind a link meanwhile, if there is one.
+func (l *lab) firstRun(link func() kit.Hook) *contest {
 	run := func(s *side) once {
 		return func(ctx context.Context) (time.Duration, error) {
 			if err := l.empty(ctx); err != nil {
 				return 0, err
 			}
-			if slow {
-				l.registry.SetHook(slowLink())
+			if link != nil {
+				l.registry.SetHook(link())
 				defer l.registry.SetHook(nil)
 			}
 			start := time.Now()

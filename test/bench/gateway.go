@@ -57,7 +57,7 @@ func (l *lab) gateway(t kit.TB) error {
 	if err != nil {
 		return err
 	}
-	cold := g.firstRun(false)
+	cold, far := g.firstRun(nil), g.firstRun(farLink)
 	ctx := t.Context()
 	const comparisons = 3
 	l.rounds = progressOf{all: comparisons * (l.options.rounds + 1)}
@@ -71,7 +71,7 @@ func (l *lab) gateway(t kit.TB) error {
 			&contest{ours: g.with("always", g.readAll()), peer: g.with("never", g.readAll())}),
 		l.compare(ctx, &result{Name: linkName, Target: 0.15,
 			Ours: "pull and first run as above through the gateway; each answer of the registry begins 20 ms later, and all together have 12.5 MB/s", Peer: "the same with the plain image and overlayfs"},
-			&contest{ours: g.with("always", over(l.registry, cold.ours)), peer: over(l.registry, cold.peer)}),
+			&contest{ours: g.with("always", far.ours), peer: far.peer}),
 		g.memory(ctx, &l.report), g.failover(ctx, &l.report),
 	)
 }
@@ -132,22 +132,18 @@ func (l *lab) newGated(t kit.TB, nydus, plain *kit.Image) (*gated, error) {
 	return g, nil
 }
 
-// over has the registry at the end of a slow link meanwhile.
-func over(r *kit.Registry, do once) once {
-	return func(ctx context.Context) (time.Duration, error) {
-		limiter := rate.NewLimiter(linkBytes, 64<<10)
-		r.SetHook(func(w http.ResponseWriter, req *http.Request, next http.Handler) {
-			timer := time.NewTimer(linkLatency)
-			defer timer.Stop()
-			select {
-			case <-timer.C:
-			case <-req.Context().Done():
-				return
-			}
-			next.ServeHTTP(&slowWriter{w, req.Context(), limiter}, req)
-		})
-		defer r.SetHook(nil)
-		return do(ctx)
+// farLink is a hook that delays and limits all answers.
+func farLink() kit.Hook {
+	limiter := rate.NewLimiter(linkBytes, 64<<10)
+	return func(w http.ResponseWriter, req *http.Request, next http.Handler) {
+		timer := time.NewTimer(linkLatency)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-req.Context().Done():
+			return
+		}
+		next.ServeHTTP(&slowWriter{w, req.Context(), limiter}, req)
 	}
 }
 

@@ -35,13 +35,13 @@ var works = []work{
 		ours: "pull the nydus image, then run python with json, ssl, sqlite3, decimal and http.client to its exit. Before each round: images, " +
 			"snapshots, contents, blob cache and page cache removed. The registry is on the loopback device and has everything in memory",
 		peer: "the same with the plain image and overlayfs",
-		set:  func(l *lab, _ context.Context) (*contest, error) { return l.firstRun(false), nil },
+		set:  func(l *lab, _ context.Context) (*contest, error) { return l.firstRun(nil), nil },
 	},
 	{
 		name: "the same, registry at 50 MB/s",
 		ours: "as above; all answers of the registry together are limited to 50 MB/s (400 Mbit/s), after 64 KiB at once",
 		peer: "the same with the plain image and overlayfs",
-		set:  func(l *lab, _ context.Context) (*contest, error) { return l.firstRun(true), nil },
+		set:  func(l *lab, _ context.Context) (*contest, error) { return l.firstRun(slowLink), nil },
 	},
 	{
 		name: "warm run, instance up", target: 1.10,
