@@ -34,6 +34,7 @@ type apiServer struct {
 	mu       sync.Mutex
 	version  int
 	secrets  map[string]*corev1.Secret
+	removed  []*corev1.Secret
 	watchers map[chan event]string // with the type that is watched
 	away     bool                  // connections are cut
 	refuses  bool                  // 403, as without a role
@@ -105,6 +106,7 @@ func (a *apiServer) remove(name string) {
 	a.version++
 	a.secrets[name].ResourceVersion = fmt.Sprint(a.version)
 	a.send("DELETED", name)
+	a.removed = append(a.removed, a.secrets[name])
 	delete(a.secrets, name)
 }
 
@@ -167,6 +169,11 @@ func (a *apiServer) begin(events chan event, kind, version string) {
 	for _, s := range a.secrets {
 		if of, _ := strconv.Atoi(s.ResourceVersion); of > since && string(s.Type) == kind {
 			events <- event{"MODIFIED", s}
+		}
+	}
+	for _, s := range a.removed {
+		if of, _ := strconv.Atoi(s.ResourceVersion); of > since && string(s.Type) == kind {
+			events <- event{"DELETED", s}
 		}
 	}
 }
