@@ -175,7 +175,7 @@ const (
 	maxImages = 1000
 	maxChunks = 1 << 20
 	// hostBudget is what the chunks of one registry may take that are arriving.
-	hostBudget = 16 << 20
+	hostBudget = 8 << 20
 )
 
 func newMounted(runDir string, verify bool, log *slog.Logger) *mounted {
