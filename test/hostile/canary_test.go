@@ -14,6 +14,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/mount"
@@ -488,6 +489,11 @@ func TestDetector(t *testing.T) {
 	if err := sleep.Start(); err != nil {
 		t.Fatal(err)
 	}
+	// It is being executed before it has its environment.
+	kit.Eventually(t, "a process has its environment", 10*time.Second, func() bool {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", sleep.Process.Pid))
+		return err == nil && len(text) > 0
+	})
 	if finds := s.processes(t); len(finds) != 1 || !strings.HasSuffix(strings.Split(finds[0], ":")[0], "/environ") {
 		t.Errorf("in an environment: found %q", finds)
 	}
