@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -62,7 +63,7 @@ func newFront(t *testing.T, next http.Handler) *front {
 	server := httptest.NewServer(f.note(next))
 	t.Cleanup(server.Close)
 	api := toxiproxy.NewServer(toxiproxy.NewMetricsContainer(nil), zerolog.Nop())
-	f.tcp = toxiproxy.NewProxy(api, t.Name(), "127.0.0.1:0", server.Listener.Addr().String())
+	f.tcp = toxiproxy.NewProxy(api, t.Name(), quietAddress(t), server.Listener.Addr().String())
 	must(t, f.tcp.Start())
 	t.Cleanup(f.tcp.Stop)
 	f.Host = f.tcp.Listen
@@ -234,6 +235,22 @@ func down() *fault { return &fault{name: "down", down: true} }
 
 func toxic(kind string, attrs map[string]any) *fault {
 	return &fault{name: kind, toxic: kind, attrs: attrs}
+}
+
+// quietAddress is an address of which the kernel gives the port to nobody who does not ask
+// for it, so that whoever has left it can return.
+func quietAddress(t *testing.T) string {
+	t.Helper()
+	const first, all = 20000, 12000 // below ip_local_port_range
+	for range 100 {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", first+rand.IntN(all)))
+		if err == nil {
+			l.Close()
+			return l.Addr().String()
+		}
+	}
+	t.Fatal("no port is free")
+	return ""
 }
 
 // deadHost is an address at which nobody listens.
