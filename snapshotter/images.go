@@ -36,7 +36,7 @@ func (s source) Open(ctx context.Context, b gateway.Blob, offset, length int64) 
 		return nil, err
 	}
 	if checker == nil {
-		return s.part(ctx, b, offset, length)
+		return s.part(ctx, nil, b, offset, length)
 	}
 	// Where the table of contents lies is known with the size only.
 	for size := int64(0); ; {
@@ -55,7 +55,7 @@ func (s source) verified(ctx context.Context, c *blobcheck.Checker, b gateway.Bl
 	if length < 0 {
 		all = length // to its end
 	}
-	part, err := s.part(ctx, b, first, all)
+	part, err := s.part(ctx, c, b, first, all)
 	if err != nil {
 		return nil, err
 	}
@@ -74,15 +74,24 @@ func (s source) verified(ctx context.Context, c *blobcheck.Checker, b gateway.Bl
 
 // Size implements gateway.Source.
 func (s source) Size(ctx context.Context, b gateway.Blob) (int64, error) {
-	part, err := s.part(ctx, b, 0, 1)
+	checker, err := s.images.checker(b.Instance, b.Digest)
+	if err != nil {
+		return 0, err
+	}
+	part, err := s.part(ctx, checker, b, 0, 1)
 	if err != nil {
 		return 0, err
 	}
 	return part.Size(), part.Close()
 }
 
-func (s source) part(ctx context.Context, b gateway.Blob, offset, length int64) (*registry.Part, error) {
-	part, err := s.fetcher.Open(ctx, registry.Blob{Registry: b.Registry, Repository: b.Repository, Digest: b.Digest}, offset, length)
+// part opens one of a host that has all of the blob, as far as c, which may be nil, knows.
+func (s source) part(ctx context.Context, c *blobcheck.Checker, b gateway.Blob, offset, length int64) (*registry.Part, error) {
+	blob := registry.Blob{Registry: b.Registry, Repository: b.Repository, Digest: b.Digest}
+	if c != nil {
+		blob.AtLeast = c.End()
+	}
+	part, err := s.fetcher.Open(ctx, blob, offset, length)
 	switch {
 	case errors.Is(err, registry.ErrRange):
 		return nil, fmt.Errorf("%w: %w", gateway.ErrRange, err)

@@ -126,6 +126,14 @@ func (c *Checker) parts(offset, end, size int64) parts {
 	return s
 }
 
+// End is where the last chunk ends that the bootstrap knows: no blob is shorter.
+func (c *Checker) End() int64 {
+	if n := c.table.Len(); n > 0 {
+		return int64(c.table.At(n - 1).End())
+	}
+	return 0
+}
+
 // Around returns the least stretch of the blob around length bytes at offset that cuts no
 // chunk and no piece of metadata; size is as for Reader, and so is the returned length.
 func (c *Checker) Around(offset, length, size int64) (first, all int64) {
@@ -150,10 +158,7 @@ func (c *Checker) Around(offset, length, size int64) (first, all int64) {
 func (c *Checker) metadata(size int64) []part {
 	var all []part
 	m := &c.table.Meta
-	behind := int64(0)
-	if n := c.table.Len(); n > 0 {
-		behind = int64(c.table.At(n - 1).End())
-	}
+	behind := c.End()
 	if c.meta {
 		list := part{kind: theList, offset: int64(m.Offset), size: int64(m.Size) + rafs.MetaHeaderSize}
 		all, behind = append(all, list), list.offset+list.size

@@ -182,6 +182,25 @@ func TestMissingIsRemembered(t *testing.T) {
 	}
 }
 
+// A host whose blob is shorter than it can be is passed over, also for a part that it has.
+func TestShortBlob(t *testing.T) {
+	short, good := newSource(t), newSource(t)
+	e, _ := setup(t, "", short, good)
+	short.fail(func(w http.ResponseWriter, r *http.Request) {
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(content[:1000]))
+	})
+	b := blob()
+	b.Size, b.AtLeast = 0, int64(len(content))-5
+	p, err := quick(e).Open(t.Context(), b, 0, 10)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if p.Host() != good.host() || p.Size() != int64(len(content)) || short.asked.Load() != 1 {
+		t.Errorf("it comes from %s and has %d bytes; the other was asked %d times", p.Host(), p.Size(), short.asked.Load())
+	}
+}
+
 // Nobody waits again for a registry of which nothing was to be had for so long, until
 // something is.
 func TestGone(t *testing.T) {

@@ -118,25 +118,19 @@ func (f *Fetcher) Open(ctx context.Context, b Blob, offset, length int64) (*Part
 
 // hosts are those that may be asked, the best first.
 func (f *Fetcher) hosts(ctx context.Context, b Blob) (list []Endpoint, err error) {
-	all, err := f.cfg.Finder.For(ctx, b.Registry)
-	if err != nil {
+	if list, err = f.cfg.Finder.For(ctx, b.Registry); err != nil {
+		return nil, err
+	}
+	if list, err = pullable(list, b.Registry); err != nil {
 		return nil, err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for _, host := range all {
-		if host.Capabilities.Has(docker.HostCapabilityPull) {
-			list = append(list, host)
-		}
-	}
 	now := time.Now()
 	rank := func(host Endpoint) rank {
 		return max(f.avoided[nameOf(host)].rankAt(now), f.avoided[blobAt(host, b)].rankAt(now))
 	}
 	slices.SortStableFunc(list, func(a, b Endpoint) int { return cmp.Compare(rank(a), rank(b)) })
-	if len(list) == 0 {
-		return nil, fmt.Errorf("no host of registry %s may be pulled from: none has the capability \"pull\" in its hosts.toml", b.Registry)
-	}
 	return list, nil
 }
 

@@ -36,7 +36,10 @@ func (e *Endpoints) Route(ctx context.Context, ref string) (Route, error) {
 	if r.plain, err = (Hosts{PlainHTTP: e.cfg.PlainHTTP, SkipVerify: e.cfg.SkipVerify}).Resolve(ref); err != nil {
 		return Route{}, err
 	}
-	hosts, err := e.pullable(ctx, r.Registry)
+	hosts, err := e.For(ctx, r.Registry)
+	if err == nil {
+		hosts, err = pullable(hosts, r.Registry)
+	}
 	if err != nil {
 		return Route{}, err
 	}
@@ -61,12 +64,9 @@ func (h *Endpoint) allNeeds() []string {
 	return append(slices.Clone(h.needs), "a certificate authority (ca)")
 }
 
-// pullable are the hosts that may be pulled from, of which there is at least one.
-func (e *Endpoints) pullable(ctx context.Context, registry string) (list []Endpoint, err error) {
-	all, err := e.For(ctx, registry)
-	if err != nil {
-		return nil, err
-	}
+// pullable are those of a registry's hosts that may be pulled from, of which there is at
+// least one.
+func pullable(all []Endpoint, registry string) (list []Endpoint, err error) {
 	for _, h := range all {
 		if h.Capabilities.Has(docker.HostCapabilityPull) {
 			list = append(list, h)
