@@ -183,8 +183,9 @@ const (
 	// chunks: then it is not verified.
 	maxImages = 1000
 	maxChunks = 1 << 20
-	// hostBudget is what the chunks of one registry may take that are arriving.
-	hostBudget = 8 << 20
+	// hostBudget is what the chunks of one registry may take that are arriving: enough
+	// for some dozen of the usual size, more than the processors check at a time.
+	hostBudget = 6 << 20
 )
 
 func newMounted(runDir string, verify bool, log *slog.Logger) *mounted {

@@ -87,9 +87,9 @@ type Reader struct {
 	held    int64 // of the budget
 	// task is what has arrived as a whole, to be checked together with more.
 	task task
-	// result is that of the check that is running.
-	result  chan error
-	running bool
+	// results are those of the checks that are running, so many of them.
+	results chan error
+	running int
 	// Chunks that are not compressed are hashed as they arrive, so that they need not
 	// be held.
 	hash   hasher
@@ -108,7 +108,7 @@ func (c *Checker) Reader(ctx context.Context, src io.Reader, offset, length, siz
 	if offset < 0 || length < 0 || end < offset || (size > 0 && end > size) {
 		return nil, fmt.Errorf("check blob %s: no %d bytes at %d of %d", c.table.Blob.ID, length, offset, size)
 	}
-	r := &Reader{c: c, ctx: ctx, src: src, offset: offset, end: end, arrived: buffer{pool: c.pool}, result: make(chan error, 1)}
+	r := &Reader{c: c, ctx: ctx, src: src, offset: offset, end: end, arrived: buffer{pool: c.pool}, results: make(chan error, atOnce)}
 	r.parts = c.parts(offset, end, size)
 	cut := r.parts.cut
 	if cut.size > 0 && (end != size || cut.offset >= offset) {
@@ -164,13 +164,15 @@ func (r *Reader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Close gives memory back. It waits for a check that is running.
+// Close gives memory back. It waits for the checks that are running.
 func (r *Reader) Close() error {
 	if r.closed {
 		return nil
 	}
 	r.closed = true
-	_ = r.wait()
+	for r.running > 0 {
+		_ = r.wait(r.running - 1)
+	}
 	r.arrived.empty()
 	r.c.budget.give(r.held)
 	r.held = 0
@@ -245,6 +247,10 @@ func (r *Reader) begin() error {
 // small one alone a goroutine is too much.
 const atLeast = 128 << 10
 
+// atOnce is how many checks a reader has running: more than one, since nydusd waits for
+// the last byte while the processors have nothing to do.
+const atOnce = 2
+
 // complete is called with the last byte of what arrives.
 func (r *Reader) complete() error {
 	p := r.now
@@ -259,27 +265,31 @@ func (r *Reader) complete() error {
 	return nil
 }
 
-// check has checked what has arrived, once the check before has ended.
+// check has what has arrived checked, once there is a place for it.
 func (r *Reader) check() error {
-	if err := r.wait(); err != nil {
+	if err := r.wait(atOnce - 1); err != nil {
 		return err
 	}
 	t := task{c: r.c, data: r.arrived, parts: r.task.parts, held: r.held}
-	r.arrived, r.task.parts, r.held, r.running = buffer{pool: r.c.pool}, nil, 0, true
+	r.arrived, r.task.parts, r.held = buffer{pool: r.c.pool}, nil, 0
+	r.running++
 	// Taken before more arrives: no reader holds a chunk that waits for its check and
 	// another one.
 	w := <-r.c.pool.workers
-	go func() { r.result <- t.run(w) }()
+	go func() { r.results <- t.run(w) }()
 	return nil
 }
 
-// wait waits for the check that is running, if any.
-func (r *Reader) wait() error {
-	if !r.running {
-		return nil
+// wait waits until no more than so many checks are running. The error is that of one that
+// has ended; the part is over then, and Close waits for the others.
+func (r *Reader) wait(most int) error {
+	for r.running > most {
+		r.running--
+		if err := <-r.results; err != nil {
+			return err
+		}
 	}
-	r.running = false
-	return <-r.result
+	return nil
 }
 
 // finish has everything checked and waits for it.
@@ -289,7 +299,7 @@ func (r *Reader) finish() error {
 			return err
 		}
 	}
-	return r.wait()
+	return r.wait(0)
 }
 
 // task is a check of parts that have arrived.

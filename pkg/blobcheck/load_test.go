@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"runtime"
@@ -13,8 +14,8 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
+	"github.com/zeebo/blake3"
 	"golang.org/x/sys/unix"
-	"lukechampine.com/blake3"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
@@ -112,6 +113,24 @@ func BenchmarkReader(b *testing.B) {
 				b.ReportMetric(spent/float64(len(blob))*(1<<20), "cpu-ms/MiB-fetched")
 			})
 		}
+	}
+	// What nydusd asks for at once: its chunks are checked beside each other.
+	for _, size := range []int{1 << 20, 64 << 10, 8 << 10} {
+		table, blob := synthetic(b, 2<<20/size, size, rafs.CompressorZstd, rafs.DigesterBlake3)
+		c := checker(b, table)
+		b.Run(fmt.Sprintf("request-%dk", size>>10), func(b *testing.B) {
+			b.SetBytes(2 << 20)
+			for b.Loop() {
+				r, err := c.Reader(b.Context(), network{bytes.NewReader(blob)}, 0, int64(len(blob)), 0)
+				if err != nil {
+					b.Fatal(err)
+				}
+				if n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, r, buf); err != nil || n != int64(len(blob)) {
+					b.Fatal(n, err)
+				}
+				r.Close()
+			}
+		})
 	}
 	data := make([]byte, 16<<20)
 	b.Run("copy", func(b *testing.B) {

@@ -12,8 +12,8 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
+	"github.com/zeebo/blake3"
 	"golang.org/x/sync/semaphore"
-	"lukechampine.com/blake3"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
@@ -165,9 +165,10 @@ func (w *worker) decoded(data []byte, size int, compressor rafs.Compressor) ([]b
 		n, err = lz4.UncompressBlock(data, out)
 	case rafs.CompressorZstd:
 		if w.zstd == nil {
-			// No window is larger than the largest chunk, but zstd rounds up.
+			// No window is larger than the largest chunk, but zstd rounds up. The chunk's
+			// digest says more than zstd's checksum.
 			w.zstd, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-				zstd.WithDecoderMaxMemory(2*maxRaw), zstd.WithDecodeAllCapLimit(true))
+				zstd.IgnoreChecksum(true), zstd.WithDecoderMaxMemory(2*maxRaw), zstd.WithDecodeAllCapLimit(true))
 			if err != nil {
 				return nil, fmt.Errorf("prepare to decompress: %w", err)
 			}
@@ -202,7 +203,7 @@ func (d *digester) hash(kind rafs.Digester) hash.Hash {
 		return d.sha256
 	}
 	if d.blake3 == nil {
-		d.blake3 = blake3.New(len(d.sum), nil)
+		d.blake3 = blake3.New()
 	}
 	d.blake3.Reset()
 	return d.blake3

@@ -20,6 +20,10 @@ var licences = []struct {
 	text string
 }{
 	{"Apache-2.0", "Apache License Version 2.0, January 2004"},
+	// A public domain dedication, with a licence for where that is not to be had. It
+	// grants no patents: fine for the hash functions that come with it, look twice at
+	// anything else.
+	{"CC0-1.0", "This work is released into the public domain with CC0 1.0."},
 	{"MPL-2.0", "Mozilla Public License, version 2.0"},
 	{"MPL-2.0", "Mozilla Public License Version 2.0"},
 	{"MIT", "Permission is hereby granted, free of charge, to any person obtaining a copy"},
