@@ -83,6 +83,10 @@ func checkFiles(name string, cfg config.Config) error {
 			fail(fmt.Sprintf("backend[%d].credentials_file", i+1), err)
 		}
 	}
+	if cfg.Credentials.Kubelet.Config != "" {
+		_, err := plugins(cfg)
+		fail("credentials.kubelet.config", err)
+	}
 	if len(faults) > 0 {
 		return &config.Error{Name: name, Faults: faults}
 	}

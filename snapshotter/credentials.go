@@ -38,15 +38,24 @@ func newKeychain(cfg config.Config) (keychain, error) {
 		providers = append(providers, k.secrets)
 	}
 	if c.Kubelet.Config != "" {
-		plugins, err := kubelet.New(kubelet.Config{File: c.Kubelet.Config, BinDir: c.Kubelet.BinDir, Environ: os.Environ()})
+		plugins, err := plugins(cfg)
 		if err != nil {
 			return k, err
+		}
+		for _, why := range plugins.Skipped() {
+			slog.Warn("a credential provider is left out", "reason", why)
 		}
 		providers = append(providers, plugins)
 	}
 	providers = append(providers, credentials.NewDocker(docker(), credentials.MemoConfig{}))
 	k.Chain = credentials.NewChain(nil, providers...)
 	return k, nil
+}
+
+// plugins are kubelet's credential providers.
+func plugins(cfg config.Config) (*kubelet.Plugins, error) {
+	c := cfg.Credentials.Kubelet
+	return kubelet.New(kubelet.Config{File: c.Config, BinDir: c.BinDir, Environ: os.Environ()})
 }
 
 // pulls is where kubelet's credentials are kept.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/http/httptrace"
 	"strings"
 	"sync"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/distribution/reference"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -107,32 +109,59 @@ func said(err error) string {
 // checkTimeout bounds each question.
 const checkTimeout = 10 * time.Second
 
-// manifest fetches an image's manifest from one host, and returns one of its layers.
+// manifest fetches an image's manifest from one host, with one login after the other,
+// and returns one of its layers.
 func (e *Endpoints) manifest(ctx context.Context, h Endpoint, name reference.Named) (*ocispec.Descriptor, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, checkTimeout, fmt.Errorf("no answer within %s", checkTimeout))
 	defer cancel()
 	ctx = silent(ctx)
+	for tries := 1; ; tries++ {
+		authorizer := h.NewAuthorizer(ctx, reference.Path(name))
+		found, err := h.manifest(ctx, authorizer, name)
+		n, _ := authorizer.(*noticing)
+		if err == nil {
+			return found, nil
+		}
+		if n == nil || tries > maxLogins || !isRefused(err) {
+			return nil, plain(err)
+		}
+		n.refused() // for the keychain to have another one
+		if !n.hasOther(ctx) {
+			return nil, plain(err)
+		}
+	}
+}
+
+// isRefused tells whether a host, or its token server, refuses a login.
+func isRefused(err error) bool {
+	var status remoteerrors.ErrUnexpectedStatus
+	return errors.Is(err, docker.ErrInvalidAuthorization) ||
+		errors.As(err, &status) && (status.StatusCode == http.StatusUnauthorized || status.StatusCode == http.StatusForbidden)
+}
+
+// manifest fetches it with one authorizer.
+func (h Endpoint) manifest(ctx context.Context, authorizer docker.Authorizer, name reference.Named) (*ocispec.Descriptor, error) {
 	host := h.RegistryHost
-	host.Authorizer = h.NewAuthorizer(ctx, reference.Path(name))
+	host.Authorizer = authorizer
 	resolver := docker.NewResolver(docker.ResolverOptions{Hosts: func(string) ([]docker.RegistryHost, error) { return []docker.RegistryHost{host}, nil }})
 	full, desc, err := resolver.Resolve(ctx, name.String())
 	if err != nil {
-		return nil, plain(err)
+		return nil, err
 	}
 	fetcher, err := resolver.Fetcher(ctx, full)
 	if err != nil {
-		return nil, plain(err)
+		return nil, err
 	}
 	// An index in an index is nobody's.
 	for range 3 {
 		rc, err := fetcher.Fetch(ctx, desc)
 		if err != nil {
-			return nil, plain(err)
+			return nil, err
 		}
 		text, err := io.ReadAll(io.LimitReader(rc, maxManifest))
 		rc.Close()
 		if err != nil {
-			return nil, plain(err)
+			return nil, err
 		}
 		if !images.IsIndexType(desc.MediaType) {
 			var m ocispec.Manifest

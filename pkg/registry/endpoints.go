@@ -7,13 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"hash"
-	"io"
 	"log/slog"
 	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -22,9 +20,7 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 	"github.com/pelletier/go-toml/v2"
-	"github.com/sirupsen/logrus"
 )
 
 // Endpoint is a host that serves what belongs to a registry, and how to talk to it.
@@ -425,60 +421,6 @@ func withoutCertificate(rt http.RoundTripper) http.RoundTripper {
 	t = t.Clone()
 	t.TLSClientConfig.Certificates, t.TLSClientConfig.GetClientCertificate = nil, nil
 	return t
-}
-
-// userinfo is what a URL has of a user and a password.
-var userinfo = regexp.MustCompile(`://[^/\s"]*@`)
-
-// located adds the line to an error, where it has one.
-func located(file string, err error) error {
-	at := file
-	var decode *toml.DecodeError
-	if errors.As(err, &decode) {
-		line, column := decode.Position()
-		at = fmt.Sprintf("%s:%d:%d", file, line, column)
-	}
-	return fmt.Errorf("%s: %w", at, withoutUserinfo(err))
-}
-
-// withoutUserinfo cuts users and passwords out of an error's URLs.
-func withoutUserinfo(err error) error {
-	if text := err.Error(); userinfo.MatchString(text) {
-		return errors.New(userinfo.ReplaceAllString(text, "://"))
-	}
-	return err
-}
-
-// faults collects errors that are logged, and keeps them from any log.
-type faults struct{ err error }
-
-// collect returns a context whose log is collected.
-func (f *faults) collect(ctx context.Context) context.Context {
-	logger := logrus.New()
-	logger.SetOutput(io.Discard)
-	logger.AddHook(f)
-	return log.WithLogger(context.WithoutCancel(ctx), logrus.NewEntry(logger))
-}
-
-// Levels implements logrus.Hook.
-func (*faults) Levels() []logrus.Level { return []logrus.Level{logrus.ErrorLevel} }
-
-// Fire implements logrus.Hook.
-func (f *faults) Fire(entry *logrus.Entry) error {
-	err, isError := entry.Data[logrus.ErrorKey].(error)
-	if !isError {
-		err = errors.New(entry.Message)
-	}
-	f.err = errors.Join(f.err, err)
-	return nil
-}
-
-// silent returns a context in which containerd logs nothing: what it would tell are
-// the answers of token servers, and addresses with signatures.
-func silent(ctx context.Context) context.Context {
-	logger := logrus.New()
-	logger.SetOutput(io.Discard)
-	return log.WithLogger(ctx, logrus.NewEntry(logger))
 }
 
 // login finds what opens a host, in the form that containerd's authorizer wants. It is

@@ -114,3 +114,24 @@ func certificate(t *testing.T) string {
 	defer s.Close()
 	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw}))
 }
+
+// What is wrong with a value is said with the line that it stands in.
+func TestLineOfFault(t *testing.T) {
+	for text, want := range map[string]string{
+		"server = \"https://a\"\n\n[host.\"https://b\"]\n  capabilities = [\n    \"pull\",\n    \"pul\",\n  ]\n": "hosts.toml:6: unknown capability pul",
+		"server = \"https://a\"\n[host.\"https://b\"]\nca = 5\n":                                                 `hosts.toml:3: invalid type 5 for "ca"`,
+		"[host.\"https://b\"]\ndial_timeout = \"soon\"\n":                                                        `hosts.toml:2: time: invalid duration "soon"`,
+		"[host.\"https://b\"]\nclient = [[\"a\", \"b\", \"c\"]]\n":                                               `hosts.toml:2: invalid pair [`,
+		"server = \"https://a\"\nca = \"gone.pem\"\n":                                                            `hosts.toml:2: unable to read CA cert`,
+		"[host.\"https://b\".header]\nx-a = \"1\"\nx-b = 7\n":                                                    `hosts.toml:3: invalid type 7 for header "x-b"`,
+		"[host.\"https://b\"]\nca = 5\n[host.\"https://c\"]\nca = 5\n":                                           `hosts.toml: invalid type 5 for "ca"`,
+		"server = 1 2\n": "hosts.toml:1:12: ",
+	} {
+		root := t.TempDir()
+		put(t, filepath.Join(root, "registry.test", "hosts.toml"), text)
+		e := NewEndpoints(EndpointsConfig{Dirs: []string{root}, Log: slog.New(slog.DiscardHandler)})
+		if _, err := e.For(t.Context(), "registry.test"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q:\ngot  %v\nwant %s", text, err, want)
+		}
+	}
+}

@@ -83,9 +83,11 @@ func (s *session) refused() {
 // hasOther tells whether there are other credentials to try than those of the session.
 func (s *session) hasOther(ctx context.Context) bool {
 	n := s.noticing()
-	if n == nil {
-		return false
-	}
+	return n != nil && n.hasOther(ctx)
+}
+
+// hasOther tells whether there are other credentials than those that were used last.
+func (n *noticing) hasOther(ctx context.Context) bool {
 	used := n.last()
 	other, err := n.find(ctx, n.host, n.repository)
 	switch {

@@ -4,11 +4,15 @@ import (
 	"context"
 	"encoding/base64"
 	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // several is a keychain with several logins, which it takes back one by one.
@@ -106,5 +110,39 @@ func TestTokenServerRefuses(t *testing.T) {
 	}
 	if got := strings.Join(k.refused, ","); got != "a/b bad:1" {
 		t.Errorf("refused are %q", got)
+	}
+}
+
+// The check finds the login that opens an image as reading its blobs does.
+func TestCheckTriesLogins(t *testing.T) {
+	for _, code := range []int{http.StatusUnauthorized, http.StatusForbidden} {
+		s := newSource(t)
+		s.fail(func(w http.ResponseWriter, r *http.Request) {
+			user, password, _ := r.BasicAuth()
+			switch w.Header().Set("WWW-Authenticate", `Basic realm="x"`); {
+			case user == "":
+				w.WriteHeader(http.StatusUnauthorized)
+			case user != "good" || password != "p":
+				w.WriteHeader(code)
+			case strings.Contains(r.URL.Path, "/manifests/"):
+				text := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"layers":[{"digest":%q,"size":%d}]}`, ocispec.MediaTypeImageManifest, digest.FromBytes(content), len(content))
+				w.Header().Set("Content-Type", ocispec.MediaTypeImageManifest)
+				w.Header().Set("Content-Length", fmt.Sprint(len(text)))
+				w.Header().Set("Docker-Content-Digest", digest.FromString(text).String())
+				_, _ = io.WriteString(w, text)
+			default:
+				serve(w, r)
+			}
+		})
+		e, _ := setup(t, "", s)
+		e.cfg.Keychain = &several{logins: []string{"bad:1", "bad:2", "good:p"}}
+		reports, err := e.Check(t.Context(), "registry.test/a/b:latest")
+		if err != nil || len(reports) != 1 || reports[0].Manifest != ok || reports[0].Blob != ok {
+			t.Errorf("%d: %+v, %v", code, reports, err)
+		}
+		e.cfg.Keychain = &several{logins: []string{"bad:1", "bad:2"}}
+		if reports, err = e.Check(t.Context(), "registry.test/a/b:latest"); err != nil || reports[0].Manifest == ok {
+			t.Errorf("%d: without the right one: %+v, %v", code, reports, err)
+		}
 	}
 }

@@ -12,8 +12,8 @@
 //   - What a plugin prints is in no error and no log: it may be a secret.
 //   - Answers are kept as long as, and for what, the plugin says.
 //
-// Plugins that want the token of a pod's service account cannot be used: whoever
-// reads a blob is no pod.
+// Plugins that want the token of a pod's service account cannot be used, and are left
+// out: whoever reads a blob is no pod.
 package kubelet
 
 import (
@@ -83,7 +83,7 @@ func withoutText(err error) error {
 	return errors.New("it is not YAML as kubelet reads it")
 }
 
-// check says what kubelet would, and what we cannot do.
+// check says what kubelet would.
 func check(config *configv1.CredentialProviderConfig) error {
 	if want := configv1.SchemeGroupVersion.String(); config.APIVersion != want || config.Kind != kind {
 		return fmt.Errorf("it is %q, kind %q; want %q, kind %q", config.APIVersion, config.Kind, want, kind)
@@ -107,6 +107,14 @@ func check(config *configv1.CredentialProviderConfig) error {
 		}
 	}
 	return errors.Join(faults...)
+}
+
+// cannot says why a provider is of no use here, although kubelet can use it.
+func cannot(p configv1.CredentialProvider) string {
+	if p.TokenAttributes != nil {
+		return "tokenAttributes: it wants the token of a pod's service account, and there is no pod where blobs are read; credentials.cri has what kubelet got from it"
+	}
+	return ""
 }
 
 func checkProvider(p configv1.CredentialProvider) error {
@@ -135,10 +143,6 @@ func checkProvider(p configv1.CredentialProvider) error {
 		if e.Name == "" || strings.ContainsAny(e.Name, "=\x00") {
 			fail("env: %q is no name of a variable", e.Name)
 		}
-	}
-	if p.TokenAttributes != nil {
-		fail("tokenAttributes: the plugin wants the token of a pod's service account, and there is no pod where blobs are read; " +
-			"give the snapshotter a configuration without this provider, or hand it the node's credentials by credentials.cri")
 	}
 	return errors.Join(faults...)
 }

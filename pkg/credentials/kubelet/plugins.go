@@ -35,7 +35,10 @@ type Config struct {
 }
 
 // Plugins are kubelet's credential provider plugins: a credentials.Provider.
-type Plugins struct{ list []*plugin }
+type Plugins struct {
+	list    []*plugin
+	skipped []string
+}
 
 // plugin is one of them.
 type plugin struct {
@@ -60,6 +63,10 @@ func New(cfg Config) (*Plugins, error) {
 	}
 	out := &Plugins{}
 	for _, p := range file.Providers {
+		if why := cannot(p); why != "" {
+			out.skipped = append(out.skipped, fmt.Sprintf("provider %s of %s: %s", p.Name, cfg.File, why))
+			continue
+		}
 		made, err := newPlugin(cfg, p)
 		if err != nil {
 			return nil, err
@@ -68,6 +75,9 @@ func New(cfg Config) (*Plugins, error) {
 	}
 	return out, nil
 }
+
+// Skipped says which providers of the file cannot be used here, and why.
+func (p *Plugins) Skipped() []string { return p.skipped }
 
 func newPlugin(cfg Config, p configv1.CredentialProvider) (*plugin, error) {
 	out := &plugin{

@@ -328,8 +328,6 @@ func TestConfigErrors(t *testing.T) {
 		"nothing matched": {head + strings.Replace(good, `"*.example"`, "", 1), []string{"matchImages is empty"}},
 		"negative":        {head + strings.Replace(good, "1h", "-1h", 1), []string{"defaultCacheDuration is -1h"}},
 		"twice":           {head + good + good, []string{"provider p is there twice"}},
-		"token": {head + good + "  tokenAttributes: {serviceAccountTokenAudience: a, requireServiceAccount: true, cacheType: Token}\n",
-			[]string{"tokenAttributes", "service account", "provider p"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)
@@ -349,5 +347,20 @@ func TestConfigErrors(t *testing.T) {
 		if _, err := New(Config{File: path}); err == nil || !strings.Contains(err.Error(), path) {
 			t.Errorf("%v", err)
 		}
+	}
+}
+
+// A provider that wants a pod's token is left out and said so; the others work.
+func TestSkipped(t *testing.T) {
+	n := newNode(t)
+	n.plugin("p", `"*.example"`, answer("Image", "", "*.example", "u", "w"))
+	n.config.WriteString("- name: pods\n  apiVersion: credentialprovider.kubelet.k8s.io/v1\n  matchImages: [\"*.example\"]\n  defaultCacheDuration: 1h\n" +
+		"  tokenAttributes: {serviceAccountTokenAudience: a, requireServiceAccount: true, cacheType: Token}\n")
+	p := n.plugins(time.Minute)
+	if got := lookup(t, p, "registry.example", "team/a"); got != "u:w" {
+		t.Errorf("got %q", got)
+	}
+	if said := p.Skipped(); len(said) != 1 || !strings.Contains(said[0], "provider pods of "+n.dir) || !strings.Contains(said[0], "tokenAttributes") {
+		t.Errorf("skipped: %q", said)
 	}
 }
