@@ -12,10 +12,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 
@@ -189,41 +190,58 @@ func readTree(root string) (read int64, err error) {
 	return read, err
 }
 
-// memory measures the gateway while many parts are under way.
+// memory measures the gateway while many parts are under way: first as nydusd reads
+// them, then as nobody should.
 func (g *gated) memory(ctx context.Context, out *report) error {
 	g.progress.Start("%s: memory", gatewayName)
 	return g.mounted(ctx, "memory", func(capability string, blob digest.Digest, size int64) error {
-		var wg sync.WaitGroup
-		errs := make([]error, streams)
-		open, read := make(chan struct{}, streams), make(chan struct{})
-		for n := range streams {
-			wg.Go(func() {
-				errs[n] = g.part(ctx, capability, blob, 0, size-1, func(body io.Reader) error {
-					_, err := io.CopyN(io.Discard, body, 1<<20)
-					open <- struct{}{}
-					<-read
-					return err
-				})
-				if errs[n] != nil {
-					open <- struct{}{}
-				}
-			})
-		}
-		for range streams {
-			<-open
-		}
-		most, err := kilobytes(g.cmd.Process.Pid, "status", "VmHWM:")
-		close(read)
-		wg.Wait()
-		if err = errors.Join(append(errs, err)...); err != nil {
+		most, err := g.peak(ctx, capability, blob, size, func(_ context.Context, body io.Reader) error {
+			_, err := io.Copy(io.Discard, body)
+			return err
+		})
+		if err != nil {
 			return err
 		}
 		out.figure(figure{
-			Name: "memory of the gateway with 64 streams", What: "64 requests for a whole layer are under way at the same time; the most that the process had resident since its start (VmHWM)",
+			Name: "memory of the gateway with 64 streams", What: "64 requests for a whole layer at the same time, read as fast as they come; the most that the process had resident since its start (VmHWM), after all that is measured above",
 			Text: fmt.Sprintf("%.1f MiB", float64(most)/(1<<20)), Target: "≤ 48 MiB", Met: most <= gatewayMemory,
+		})
+		// Nobody goes on before all stand still.
+		var still atomic.Int64
+		all := make(chan struct{})
+		most, err = g.peak(ctx, capability, blob, size, func(ctx context.Context, body io.Reader) error {
+			_, err := io.CopyN(io.Discard, body, 1<<20)
+			if still.Add(1) == streams {
+				close(all)
+			}
+			select {
+			case <-all:
+			case <-ctx.Done():
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		out.figure(figure{
+			Name: "memory of the gateway with 64 streams that stand still", What: "the same with clients that all stop reading after 1 MiB, wherever in a chunk that is", Text: fmt.Sprintf("%.1f MiB", float64(most)/(1<<20)),
 		})
 		return nil
 	})
+}
+
+// peak is the most that the gateway had resident while or before many streams were read.
+func (g *gated) peak(ctx context.Context, capability string, blob digest.Digest, size int64, read func(context.Context, io.Reader) error) (int64, error) {
+	group, ctx := errgroup.WithContext(ctx)
+	for range streams {
+		group.Go(func() error {
+			return g.part(ctx, capability, blob, 0, size-1, func(body io.Reader) error { return read(ctx, body) })
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return 0, err
+	}
+	return kilobytes(g.cmd.Process.Pid, "status", "VmHWM:")
 }
 
 // part asks the gateway for a part of a blob.

@@ -47,6 +47,9 @@ type figure struct {
 }
 
 func (f *figure) verdict() string {
+	if f.Target == "" {
+		return "–"
+	}
 	if f.Met {
 		return "met"
 	}

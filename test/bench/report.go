@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -255,7 +256,7 @@ func (r *report) table() []string {
 		})
 	}
 	for _, f := range r.Figures {
-		rows = append(rows, []string{f.Name, f.Text, "–", "–", f.Target, f.verdict()})
+		rows = append(rows, []string{f.Name, f.Text, "–", "–", cmp.Or(f.Target, "–"), f.verdict()})
 	}
 	return align(rows)
 }
