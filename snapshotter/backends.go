@@ -24,6 +24,8 @@ type backends struct {
 	rules []config.Backend
 	// tuning is read anew for each mount.
 	tuning func() (nydusd.Tuning, error)
+	// validate has nydusd compare chunks with their digests.
+	validate bool
 
 	remote    config.Remote
 	endpoints *registry.Endpoints
@@ -273,7 +275,7 @@ func (b backends) rendered(at nydusd.Backend) func(cacheDir string) (string, err
 		if err != nil {
 			return "", err
 		}
-		return nydusd.Config{Backend: at, CacheDir: cacheDir, Tuning: tuned}.FuseDev()
+		return nydusd.Config{Backend: at, CacheDir: cacheDir, Validate: b.validate, Tuning: tuned}.FuseDev()
 	}
 }
 

@@ -34,7 +34,7 @@ func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf, logi
 		Daemon:  daemon.spec,
 		Backends: backends{
 			rules: cfg.Backends, tuning: tuningOf(cfg.Daemon.ConfigTemplate), remote: cfg.Remote, endpoints: endpoints(cfg.Remote, logins), keychain: logins,
-			sealing: sealing, shared: cfg.Daemon.Mode == config.ModeShared,
+			validate: cfg.Daemon.Validate, sealing: sealing, shared: cfg.Daemon.Mode == config.ModeShared,
 		},
 		Sealer: sealer{key},
 	}

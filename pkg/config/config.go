@@ -49,6 +49,8 @@ type Daemon struct {
 	NydusdPath string `toml:"nydusd_path"`
 	// ConfigTemplate is a file with settings of nydusd's configuration, or empty.
 	ConfigTemplate string `toml:"config_template"`
+	// Validate has nydusd compare what it reads with the digests in the image.
+	Validate bool `toml:"validate"`
 	// LogLevel is one of LogLevels.
 	LogLevel string `toml:"log_level"`
 	// LogMaxSize bounds the log of one nydusd; what is older takes as much again.
@@ -206,6 +208,7 @@ func Default() Config {
 		RunDir:  "/run/nydus-snapshotter",
 		Address: "/run/nydus-snapshotter/nydus-snapshotter.sock",
 		Daemon: Daemon{
+			Validate:     true,
 			LogLevel:     "info",
 			LogMaxSize:   mountspec.DefaultLogMaxSize,
 			StartTimeout: 20 * time.Second,

@@ -340,3 +340,14 @@ func TestSetID(t *testing.T) {
 		}
 	}
 }
+
+// Validation is said to both ways of serving.
+func TestValidate(t *testing.T) {
+	c := Config{Backend: Backend{Type: BackendLocalFS, Dir: "/b"}, CacheDir: "/c", Validate: true}
+	if got, err := c.FuseDev(); err != nil || !strings.Contains(got, `"cache":{"type":"blobcache","validate":true,"config":{"work_dir":"/c"}}`) {
+		t.Errorf("%s, %v", got, err)
+	}
+	if got, err := c.FSCache(FSCacheImage{ID: "i", Domain: "d", Bootstrap: "/boot"}); err != nil || !strings.Contains(got, `"cache":{"type":"fscache","validate":true,`) {
+		t.Errorf("%s, %v", got, err)
+	}
+}

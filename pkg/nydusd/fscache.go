@@ -33,6 +33,7 @@ type blobSection struct {
 
 type fsCache struct {
 	Type     string          `json:"type"`
+	Validate bool            `json:"validate,omitempty"`
 	Prefetch *prefetchSecond `json:"prefetch,omitempty"`
 	FSCache  struct {
 		WorkDir string `json:"work_dir"`
@@ -67,7 +68,7 @@ func (c Config) FSCache(i FSCacheImage) (string, error) {
 	}
 	e := blobEntry{Type: "bootstrap", ID: i.ID, DomainID: i.Domain, Config: blobSection{
 		Version: 2, ID: i.ID, MetadataPath: i.Bootstrap,
-		Backend: map[string]any{"type": c.Backend.Type, c.Backend.Type: settings}, Cache: fsCache{Type: "fscache"},
+		Backend: map[string]any{"type": c.Backend.Type, c.Backend.Type: settings}, Cache: fsCache{Type: "fscache", Validate: c.Validate},
 	}}
 	e.Config.Cache.FSCache.WorkDir = c.CacheDir
 	if p := c.Tuning.Prefetch; p != nil {

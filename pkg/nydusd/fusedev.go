@@ -22,8 +22,9 @@ type device struct {
 		Config any    `json:"config"`
 	} `json:"backend"`
 	Cache struct {
-		Type   string `json:"type"`
-		Config struct {
+		Type     string `json:"type"`
+		Validate bool   `json:"validate,omitempty"`
+		Config   struct {
 			WorkDir string `json:"work_dir"`
 		} `json:"config"`
 	} `json:"cache"`
@@ -54,7 +55,7 @@ func (c Config) FuseDev() (string, error) {
 		d.Prefetch = &prefetchFirst{p.Enable, p.Threads, p.BatchSize, p.Bandwidth, p.All}
 	}
 	d.Device.Backend.Type, d.Device.Backend.Config = c.Backend.Type, settings
-	d.Device.Cache.Type, d.Device.Cache.Config.WorkDir = "blobcache", c.CacheDir
+	d.Device.Cache.Type, d.Device.Cache.Validate, d.Device.Cache.Config.WorkDir = "blobcache", c.Validate, c.CacheDir
 	text, err := json.Marshal(d)
 	return string(text), err
 }

@@ -20,6 +20,12 @@ type Config struct {
 	Backend Backend
 	// CacheDir receives the blobs.
 	CacheDir string
+	// Validate has nydusd compare a chunk with its digest before anybody gets it, when it
+	// comes from the backend as well as each time when it comes from the cache: one that
+	// is wrong in the cache is fetched again, one that comes wrong is an error. For RAFS
+	// v6 that takes an image whose blobs hold the digests (rafs.FeatureInlinedDigests).
+	// nydusd 2.2 does not read this in the first version of its configuration.
+	Validate bool
 	// Tuning is an operator's.
 	Tuning Tuning
 }

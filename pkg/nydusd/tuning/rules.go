@@ -40,6 +40,7 @@ func rules() map[string]rule {
 	all := map[string]rule{
 		"device": object(), "device.backend": object(), "device.backend.type": one("registry", "oss", "s3"), "device.backend.config": object(),
 		"device.id": {foreign: perImage}, "device.cache": object(), "device.cache.type": one("blobcache"), "device.cache.config": {foreign: perImage},
+		"device.cache.validate":   {foreign: "is [daemon] validate; remove it"},
 		"device.cache.compressed": {foreign: "means nothing to nydusd any more; remove it"},
 
 		backend + "connect_timeout": whole(1, 3600), backend + "timeout": whole(1, 3600), backend + "retry_limit": whole(0, 255),
