@@ -112,6 +112,12 @@ func wantDaemons(t *testing.T, node *kit.Node, n int, within time.Duration) {
 	t.Helper()
 	if err := node.WaitDaemons(n, within); err != nil {
 		t.Error(err)
+		// What keeps a daemon is a mount.
+		for _, m := range kit.Mounts(t, "") {
+			if strings.HasPrefix(m.FSType, "fuse") || m.FSType == "overlay" || m.FSType == "erofs" {
+				t.Logf("mounted: %s on %s, %d:%d", m.FSType, m.Mountpoint, m.Major, m.Minor)
+			}
+		}
 	}
 }
 
