@@ -64,10 +64,12 @@ func (c *Cache) List(ctx context.Context) (blobs []Blob, unknown []string, err e
 			blobs = append(blobs, out)
 		}
 	}
-	slices.SortFunc(blobs, func(a, b Blob) int {
-		return cmp.Or(cmp.Compare(a.Host, b.Host), cmp.Compare(a.Repository, b.Repository), cmp.Compare(a.ID, b.ID), cmp.Compare(a.Directory, b.Directory))
-	})
+	slices.SortFunc(blobs, func(a, b Blob) int { return compare(&a, &b) })
 	return blobs, unknown, errors.Join(err, s.refs.errors())
+}
+
+func compare(a, b *Blob) int {
+	return cmp.Or(cmp.Compare(a.Host, b.Host), cmp.Compare(a.Repository, b.Repository), cmp.Compare(a.ID, b.ID), cmp.Compare(a.Directory, b.Directory))
 }
 
 func (c *Cache) describe(b *cached, u use) Blob {

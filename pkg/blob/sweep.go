@@ -136,6 +136,8 @@ func (w *sweep) old(d *directory) (list []*cached) {
 type job struct {
 	dir  *directory
 	list []*cached
+	// young says that what was just written goes too.
+	young bool
 
 	gone []*cached
 	busy int
@@ -328,7 +330,7 @@ func (w *sweep) locked(ctx context.Context, j *job, list []*cached) error {
 		if b, err = b.again(dir); err != nil {
 			return err
 		}
-		if b.written().Add(w.o.Grace).After(w.o.Now()) {
+		if !j.young && b.written().Add(w.o.Grace).After(w.o.Now()) {
 			continue // it is another one by now
 		}
 		if err := r.add(b); err != nil {
