@@ -176,7 +176,8 @@ func TestSweepKilled(t *testing.T) {
 		b.image("one", bootstrap(idOf(0))) // evicted, the others are not needed
 		return b, dir
 	}
-	steps, killed := 0, false
+	var steps int
+	var killed bool
 	for stop := 0; ; stop++ {
 		b, dir := setup()
 		o, n := b.options(), 0

@@ -100,7 +100,7 @@ func lockCache(ctx context.Context, cacheDir string, how int) (*os.File, error) 
 	case <-ctx.Done():
 		// The lock may still come; it goes again with the file.
 		go func() {
-			<-locked
+			_ = <-locked
 			f.Close()
 		}()
 		return nil, fmt.Errorf("lock cache directory %s, of which another process removes something: %w", cacheDir, context.Cause(ctx))
