@@ -88,10 +88,13 @@ func lockCache(ctx context.Context, cacheDir string, how int) (*os.File, error) 
 	if err := flock(f, how|unix.LOCK_NB); err == nil {
 		return f, nil
 	}
-	locked := make(chan error, 1)
-	go func() { locked <- flock(f, how) }()
+	locked := make(chan struct{})
+	go func() {
+		err = flock(f, how)
+		close(locked)
+	}()
 	select {
-	case err := <-locked:
+	case <-locked:
 		if err != nil {
 			f.Close()
 			return nil, fmt.Errorf("lock cache directory %s: %w", cacheDir, err)
@@ -100,7 +103,7 @@ func lockCache(ctx context.Context, cacheDir string, how int) (*os.File, error) 
 	case <-ctx.Done():
 		// The lock may still come; it goes again with the file.
 		go func() {
-			_ = <-locked
+			<-locked
 			f.Close()
 		}()
 		return nil, fmt.Errorf("lock cache directory %s, of which another process removes something: %w", cacheDir, context.Cause(ctx))
