@@ -101,15 +101,15 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, stopLogins()) }()
-	sn, err := newSnapshotter(ctx, cfg, key, nydusd, logins)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, sn.Close()) }()
 	cache, err := newCache(cfg)
 	if err != nil {
 		return err
 	}
+	sn, err := newSnapshotter(ctx, cfg, key, nydusd, logins, cache)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, sn.Close()) }()
 	listener, err := listen(ctx, cfg.Address)
 	if err != nil {
 		return err

@@ -87,7 +87,7 @@ func (c *Cache) look(ctx context.Context) (*state, error) {
 	for _, d := range dirs {
 		for _, b := range d.blobs {
 			p := place{d.path, b.id}
-			if r.of(d.cache, b.id).living() {
+			if r.of(d, b.id).living() {
 				seen[p] = now
 			} else if t, ok := c.seen[p]; ok {
 				seen[p] = t

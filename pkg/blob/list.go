@@ -57,7 +57,7 @@ func (c *Cache) List(ctx context.Context) (blobs []Blob, unknown []string, err e
 	for _, d := range s.dirs {
 		unknown = append(unknown, d.unknown...)
 		for _, b := range d.blobs {
-			out := c.describe(b, s.refs.of(d.cache, b.id))
+			out := c.describe(b, s.refs.of(d, b.id))
 			if out.Chunks > 0 && b.has(kindMap) {
 				out.count()
 			}

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 	"github.com/nydusfs/nydus-snapshotter/pkg/snapshot"
 )
@@ -34,6 +35,8 @@ type source struct {
 	// image is for people; living is the key of the instance that it is read by, empty
 	// for a snapshot's.
 	image, living string
+	// digest is that of a snapshot's bootstrap, as its layer records it.
+	digest string
 	// dir is the cache directory that it counts in, empty for all.
 	dir string
 	// where is what people find it by.
@@ -82,14 +85,28 @@ func newRefs() *refs {
 	return &refs{in: map[string]map[key]use{}, broken: map[string]error{}}
 }
 
-// of tells who needs a blob in a cache directory.
-func (r *refs) of(cache, id string) use {
+// of tells who needs a blob in a directory.
+func (r *refs) of(d *directory, id string) use {
 	k := keyOf(id)
-	here, all := r.in[cache][k], r.in[""][k]
-	if len(all.sources) == 0 {
-		return here
+	u, all := r.in[d.cache][k], r.in[""][k]
+	if len(all.sources) > 0 {
+		u = use{append(slices.Clip(u.sources), all.sources...), max(u.chunks, all.chunks)}
 	}
-	return use{append(slices.Clip(here.sources), all.sources...), max(here.chunks, all.chunks)}
+	if d.owner != "" && d.host+d.repository != "" {
+		u.sources = slices.DeleteFunc(slices.Clone(u.sources), func(s *source) bool { return !s.usesPrivate(d) })
+	}
+	return u
+}
+
+// usesPrivate tells whether a private directory may be that of the image.
+func (s *source) usesPrivate(d *directory) bool {
+	switch {
+	case s.dir == "":
+		return true
+	case s.living != "":
+		return s.living == d.owner
+	}
+	return s.digest == "" || mountspec.InstanceKey(s.digest, d.host, d.repository, d.cache) == d.owner
 }
 
 // fault is what keeps from removing anything in a cache directory.
@@ -143,7 +160,7 @@ func (c *Cache) collect(ctx context.Context) (*refs, error) {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		s := &source{image: im.Ref, where: im.Dir(), open: im.Open}
+		s := &source{image: im.Ref, digest: im.Digest, where: im.Dir(), open: im.Open}
 		// An image whose place is not known may have its blobs anywhere.
 		if dir, err := c.o.Place(ctx, im.Ref, im.Backend); err == nil {
 			s.dir = filepath.Clean(dir)

@@ -92,6 +92,7 @@ type directory struct {
 	// cache is the cache directory, which is path unless it is private.
 	cache            string
 	lock             string // whoever uses a private one holds it
+	owner            string // the instance whose private one it is
 	host, repository string
 	blobs            []*cached
 	unknown          []string
@@ -157,12 +158,13 @@ func (d *directory) scanPrivate(root string) ([]*directory, error) {
 			}
 			continue
 		}
-		p := &directory{path: path, cache: d.path, host: d.host, repository: d.repository, lock: path + ".lock"}
+		key, n, _ := strings.Cut(e.Name(), ".")
+		p := &directory{path: path, cache: d.path, host: d.host, repository: d.repository, lock: path + ".lock", owner: key}
 		pooled, err := p.read(func(fs.DirEntry) bool { return false })
 		list, errs = append(list, p), append(errs, err)
 		for _, name := range pooled {
-			key, n, _ := strings.Cut(e.Name(), ".")
 			in := *p
+			in.owner, _, _ = strings.Cut(name, ".") // of its later berths it is K.m
 			in.path, in.blobs, in.unknown = filepath.Join(path, name), nil, nil
 			in.lock = filepath.Join(root, "instances", key, "slot"+n+".lock")
 			deeper, err := in.read(func(fs.DirEntry) bool { return false })

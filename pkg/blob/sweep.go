@@ -169,7 +169,7 @@ func (w *sweep) settle(j *job) []Blob {
 	for _, b := range j.gone {
 		ids[b.id] = true
 		w.report.Freed += b.usage()
-		out = append(out, w.describe(b, w.refs.of(j.dir.cache, b.id)))
+		out = append(out, w.describe(b, w.refs.of(j.dir, b.id)))
 	}
 	j.dir.blobs = slices.DeleteFunc(j.dir.blobs, func(b *cached) bool { return ids[b.id] })
 	return out
@@ -200,7 +200,7 @@ func (w *sweep) dissolve(ctx context.Context, d *directory) error {
 // idle tells whether nothing needs a blob's files. Without a map nobody believes the
 // data, and without data nobody should believe the map.
 func (w *sweep) idle(b *cached) bool {
-	u := w.refs.of(b.dir.cache, b.id)
+	u := w.refs.of(b.dir, b.id)
 	if len(u.sources) == 0 {
 		return true
 	}
@@ -220,7 +220,7 @@ func (w *sweep) evict(ctx context.Context) {
 			continue
 		}
 		for _, b := range d.blobs {
-			u := w.refs.of(d.cache, b.id)
+			u := w.refs.of(d, b.id)
 			if len(u.sources) > 0 && !u.living() && !b.written().Add(w.o.Grace).After(w.o.Now()) {
 				list = append(list, b)
 			}
@@ -324,7 +324,7 @@ func (w *sweep) locked(ctx context.Context, j *job, list []*cached) error {
 	r := &removal{dir: dir, step: w.o.step}
 	defer r.close()
 	for _, b := range list {
-		if now.of(d.cache, b.id).living() {
+		if now.of(d, b.id).living() {
 			continue
 		}
 		if b, err = b.again(dir); err != nil {

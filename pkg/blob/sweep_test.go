@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 )
 
 func TestSweepRemovesWhatNothingNeeds(t *testing.T) {
@@ -341,6 +342,24 @@ func TestSweepPrivate(t *testing.T) {
 	b.image("one", bootstrap(idOf(1)))
 	if r := b.sweep(b.options()); len(r.Removed) != 0 || b.has(own, idOf(1)) != "dmc" {
 		t.Errorf("needed: %+v", r)
+	}
+
+	// What an image needs, another one's private directory need not have.
+	b = newBed(t)
+	cache = b.dir("one")
+	b.write(filepath.Join(cache, "origin.json"), []byte(`{"host":"host","repository":"one"}`))
+	b.write(filepath.Join(b.image("one", bootstrap(idOf(1))), "layer.json"),
+		[]byte(`{"version":1,"kind":"bootstrap","image":"one","digest":"sha256:1","path":"image/image.boot"}`))
+	living := b.instance("one", bootstrap(idOf(1)))
+	pulled := mountspec.InstanceKey("sha256:1", "host", "one", cache)
+	for owner, want := range map[string]string{pulled: "dmc", living: "dmc", "other": ""} {
+		for _, dir := range []string{filepath.Join(cache, "private", owner+".0"), filepath.Join(cache, "private", "P.0", owner), filepath.Join(cache, "private", "P.0", owner+".2")} {
+			b.blob(dir, idOf(1), 9, 1)
+			b.sweep(b.options())
+			if has := b.has(dir, idOf(1)); has != want {
+				t.Errorf("%s: %q, want %q", dir, has, want)
+			}
+		}
 	}
 }
 

@@ -85,7 +85,7 @@ type verifying struct {
 func (v *verifying) plan() {
 	for _, d := range v.dirs {
 		for _, b := range d.blobs {
-			if len(v.refs.of(d.cache, b.id).sources) > 0 {
+			if len(v.refs.of(d, b.id).sources) > 0 {
 				v.total += b.usage()
 			}
 		}
@@ -289,7 +289,7 @@ func (c *Cache) judge(ctx context.Context, v *verifying) []Verdict {
 	out := make([]Verdict, 0, len(v.order))
 	w := &sweep{Cache: c, state: v.state, report: &Report{}}
 	for _, o := range v.order {
-		u := v.refs.of(o.b.dir.cache, o.ID)
+		u := v.refs.of(o.b.dir, o.ID)
 		found := c.describe(o.b, u)
 		found.Ready = o.Ready
 		o.Blob, o.Unchecked = found, max(o.Ready-o.Checked, 0)
