@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -253,6 +254,62 @@ func TestSweepOpenFiles(t *testing.T) {
 				t.Errorf("%s closed: %+v", suffix, r)
 			}
 		}
+	}
+}
+
+// TestSweepAgainstOpener: somebody without a record opens the map just when it goes. It
+// must not find a chunk in it.
+func TestSweepAgainstOpener(t *testing.T) {
+	b := newBed(t)
+	dir := b.dir("one")
+	b.blob(dir, idOf(1), 9, 1)
+	o := b.options()
+	type opened struct {
+		size int64
+		err  error
+	}
+	done := make(chan opened, 1)
+	o.step = func(what, path string) error {
+		if what != "cut" {
+			return nil
+		}
+		info, err := os.Stat(path)
+		b.must(err)
+		go func() {
+			f, err := os.OpenFile(path, os.O_RDWR, 0)
+			if err != nil {
+				done <- opened{0, err}
+				return
+			}
+			defer f.Close()
+			info, err := f.Stat()
+			done <- opened{info.Size(), err}
+		}()
+		// It waits for the lease when the kernel is breaking that.
+		inode := fmt.Sprintf(":%d ", info.Sys().(*syscall.Stat_t).Ino)
+		tick := time.NewTicker(time.Millisecond)
+		defer tick.Stop()
+		for over := time.After(30 * time.Second); ; {
+			locks, err := os.ReadFile("/proc/locks")
+			b.must(err)
+			for line := range strings.Lines(string(locks)) {
+				if strings.Contains(line, "BREAKING") && strings.Contains(line, inode) {
+					return nil
+				}
+			}
+			select {
+			case <-tick.C:
+			case <-over:
+				t.Errorf("nobody waits for the lease of%s:\n%s", inode, locks)
+				return nil
+			}
+		}
+	}
+	if r := b.sweep(o); len(r.Removed) != 1 {
+		t.Errorf("%+v", r)
+	}
+	if got := <-done; got != (opened{}) {
+		t.Errorf("it got %+v, want an empty file", got)
 	}
 }
 
