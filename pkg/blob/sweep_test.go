@@ -567,7 +567,7 @@ func BenchmarkSweep(b *testing.B) {
 	}
 	var removed int
 	var peak uint64
-	var mark time.Duration
+	var mark, cpu time.Duration
 	for b.Loop() {
 		b.StopTimer()
 		for n := 0; n < images; n += 10 {
@@ -584,9 +584,11 @@ func BenchmarkSweep(b *testing.B) {
 		}
 		mark += time.Since(begun)
 		runtime.ReadMemStats(&before)
+		spent := spentCPU(b)
 		b.StartTimer()
 		r, err := New(o).Sweep(b.Context(), false)
 		b.StopTimer()
+		cpu += spentCPU(b) - spent
 		runtime.ReadMemStats(&after)
 		peak = max(peak, after.TotalAlloc-before.TotalAlloc)
 		if err != nil || r.Blobs != images*each {
@@ -599,5 +601,16 @@ func BenchmarkSweep(b *testing.B) {
 		b.Fatal(removed)
 	}
 	b.ReportMetric(float64(mark.Milliseconds())/float64(b.N), "ms-without-removing")
+	b.ReportMetric(float64(cpu.Milliseconds())/float64(b.N), "cpu-ms")
 	b.ReportMetric(float64(peak)/(1<<20), "MiB-allocated")
+}
+
+// spentCPU is what the process has used so far.
+func spentCPU(b *testing.B) time.Duration {
+	b.Helper()
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
