@@ -19,6 +19,7 @@ import (
 	"github.com/urfave/cli/v2"
 	"google.golang.org/grpc"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob"
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/hang"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
@@ -100,7 +101,11 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, stopLogins()) }()
-	sn, err := newSnapshotter(ctx, cfg, key, nydusd, logins)
+	cache, err := newCache(cfg)
+	if err != nil {
+		return err
+	}
+	sn, err := newSnapshotter(ctx, cfg, key, nydusd, logins, cache)
 	if err != nil {
 		return err
 	}
@@ -112,8 +117,8 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	defer func() { err = errors.Join(err, listener.remove()) }()
 
 	server := grpc.NewServer()
-	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
-	stop, err := startBackground(ctx, cfg)
+	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sweeping{sn, cache}))
+	stop, err := startBackground(ctx, cfg, cache)
 	if err != nil {
 		return err
 	}
@@ -129,7 +134,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 
 // startBackground starts what looks after mounted images, until the returned function
 // is called.
-func startBackground(ctx context.Context, cfg config.Config) (stop func(), err error) {
+func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache) (stop func(), err error) {
 	reconciler := instance.NewReconciler(instance.ReconcilerConfig{
 		RunDir: cfg.RunDir, Root: cfg.Root, Linger: cfg.Mount.IdleLinger, Log: slog.Default(),
 	})
@@ -148,6 +153,9 @@ func startBackground(ctx context.Context, cfg config.Config) (stop func(), err e
 		keepRunning(background, "logs of daemons are neither passed on nor bounded", followLogs(cfg, spare.log()))
 	})
 	done.Go(func() { keepRunning(background, "daemons that die are not replaced", recoverer.Run) })
+	done.Go(func() {
+		keepRunning(background, "the cache is not swept", func(ctx context.Context) error { return cache.Run(ctx, cfg.Cache.SweepInterval) })
+	})
 	hung := hang.New(hang.Config{
 		RunDir: cfg.RunDir, Timeout: cfg.Daemon.HangTimeout, Asker: &probe.Prober{Program: spare.program}, Log: slog.Default(),
 	})

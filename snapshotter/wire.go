@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob"
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
@@ -22,7 +23,7 @@ import (
 )
 
 // snapshotOptions connects the snapshotter with what it asks for.
-func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf, logins registry.Keychain) (snapshot.Options, error) {
+func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf, logins registry.Keychain, cache *blob.Cache) (snapshot.Options, error) {
 	sealing, err := key.Derive(capabilityKey)
 	if err != nil {
 		return snapshot.Options{}, err
@@ -37,6 +38,7 @@ func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf, logi
 			validate: cfg.Daemon.Validate, sealing: sealing, shared: cfg.Daemon.Mode == config.ModeShared,
 		},
 		Sealer: sealer{key},
+		Blobs:  cache,
 	}
 	if cfg.Mount.Credentials == config.CredentialsPlain {
 		o.Plain = func(text string, c *mountspec.Credentials) (string, error) {
@@ -46,8 +48,8 @@ func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf, logi
 	return o, nil
 }
 
-func newSnapshotter(ctx context.Context, cfg config.Config, key mountspec.Key, daemon nydusdOf, logins registry.Keychain) (*snapshot.Snapshotter, error) {
-	options, err := snapshotOptions(cfg, key, daemon, logins)
+func newSnapshotter(ctx context.Context, cfg config.Config, key mountspec.Key, daemon nydusdOf, logins registry.Keychain, cache *blob.Cache) (*snapshot.Snapshotter, error) {
+	options, err := snapshotOptions(cfg, key, daemon, logins, cache)
 	if err != nil {
 		return nil, err
 	}

@@ -35,6 +35,7 @@ type Config struct {
 	Daemon Daemon `toml:"daemon"`
 	Cgroup Cgroup `toml:"cgroup"`
 	Mount  Mount  `toml:"mount"`
+	Cache  Cache  `toml:"cache"`
 	Log    Log    `toml:"log"`
 	Remote Remote `toml:"remote"`
 
@@ -157,6 +158,18 @@ type Mount struct {
 	Credentials Credentials   `toml:"credentials"`
 }
 
+// Cache says what may go from the cache of blobs.
+type Cache struct {
+	// HighWatermark and LowWatermark are bytes with K, M, G or T behind them, or a
+	// percentage of the filesystem; empty for none. Watermarks has the numbers.
+	HighWatermark string `toml:"high_watermark"`
+	LowWatermark  string `toml:"low_watermark"`
+	// Grace is how long after it was last written a blob stays in any case.
+	Grace time.Duration `toml:"grace"`
+	// SweepInterval is how often the cache is looked at without a reason.
+	SweepInterval time.Duration `toml:"sweep_interval"`
+}
+
 // Log is the snapshotter's own log.
 type Log struct {
 	// Level is one of LogLevels.
@@ -224,7 +237,8 @@ func Default() Config {
 			IdleLinger:  30 * time.Second,
 			Credentials: CredentialsSealed,
 		},
-		Log: Log{Level: "info", Format: "text"},
+		Cache: Cache{Grace: 10 * time.Minute, SweepInterval: 10 * time.Minute},
+		Log:   Log{Level: "info", Format: "text"},
 		Remote: Remote{
 			ConfigPath: "/etc/containerd/certs.d", Gateway: GatewayAuto, GatewayAddress: "127.0.0.1:476", GatewayVerify: true,
 			PlainHTTP: []string{}, SkipVerify: []string{},

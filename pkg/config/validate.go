@@ -55,6 +55,7 @@ func (c Config) Validate() []Fault {
 		v.fail("mount.credentials", `"plain" is for Kata Containers, which does not know mount.style "managed"; use "sealed", or style "helper"`)
 	}
 	v.between("mount.idle_linger", c.Mount.IdleLinger, 0, maxLinger)
+	v.cache(c.Cache)
 	v.oneOf("log.level", c.Log.Level, LogLevels()...)
 	v.oneOf("log.format", c.Log.Format, "text", "json")
 	v.remote(c.Remote)

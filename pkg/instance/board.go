@@ -93,6 +93,9 @@ func (b *boarding) enter(ctx context.Context) (string, error) {
 	if err := b.begin(m.Name); err != nil {
 		return "", err
 	}
+	if err := b.passCache(ctx); err != nil {
+		return "", err
+	}
 	logStart := sizeOf(diskDirOf(b.pool.rec.Root, b.pool.rec.Key).log())
 	if err := nydusd.AddSubmount(ctx, on.Socket, m); err != nil {
 		return "", b.refused(err, logStart)

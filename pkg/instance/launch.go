@@ -119,6 +119,11 @@ func (l *launch) prepare(ctx context.Context) error {
 	if err := l.begin(config); err != nil {
 		return err
 	}
+	if !l.shared { // whose images pass one by one
+		if err := l.passCache(ctx); err != nil {
+			return err
+		}
+	}
 	if _, err := os.Stat(fuseDevice); err != nil {
 		return fmt.Errorf("no FUSE on this node: %w; load the module (modprobe fuse)", err)
 	}

@@ -40,7 +40,8 @@
 // # Record
 //
 // Each nydus layer has, beside its directory fs, a file layer.json: version (1),
-// kind (data or bootstrap), image (the reference), and for a bootstrap path
+// kind (data or bootstrap), image (the reference), backend (that the labels ask for), for
+// data blob (its id, when containerd tells), and for a bootstrap path
 // (within fs), digest (sha256:…), size in bytes, fs_version (v5 or v6) and blobs
 // (ids). A snapshot directory without it is a plain layer or a container's.
 package snapshot

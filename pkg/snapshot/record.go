@@ -34,6 +34,9 @@ type record struct {
 	// Backend is the one that the layer's labels ask for.
 	Backend string `json:"backend,omitempty"`
 
+	// Blob is the id of a data layer's blob; empty when it was not known.
+	Blob string `json:"blob,omitempty"`
+
 	// Path is the bootstrap's within the layer, Digest that of its content.
 	Path      string   `json:"path,omitempty"`
 	Digest    string   `json:"digest,omitempty"`

@@ -50,7 +50,7 @@ type Sealer interface {
 	Seal(*mountspec.Spec) (string, error)
 }
 
-// Options is what a Snapshotter needs. All but Plain are required.
+// Options is what a Snapshotter needs. All but Blobs and Plain are required.
 type Options struct {
 	// Root holds layers, database and cache. The caller makes sure that no
 	// other snapshotter uses it.
@@ -66,6 +66,8 @@ type Options struct {
 	Backends Backends
 	// Sealer writes the option.
 	Sealer Sealer
+	// Blobs, when set, tells what data layers occupy.
+	Blobs Blobs
 	// Plain, when set, puts credentials into nydusd's configuration, where
 	// everybody can read them, instead of sealing them.
 	Plain func(config string, c *mountspec.Credentials) (string, error)
@@ -73,12 +75,13 @@ type Options struct {
 
 // Snapshotter implements containerd's Snapshotter and Cleaner.
 type Snapshotter struct {
-	snapshots.Snapshotter // overlay; Stat, Usage, Walk and Remove are its own
+	snapshots.Snapshotter // overlay; Stat, Walk and Remove are its own
 
 	o       Options
 	store   *storage.MetaStore
 	overlay []string // options of every overlay mount, the wrapped one's too
 	ignored ignored
+	owners  owners
 }
 
 var (
@@ -257,9 +260,11 @@ func (s *Snapshotter) recordAndCommit(ctx context.Context, key, name string, lab
 	if err != nil {
 		return err
 	}
-	if err := writeRecord(s.dir(id), record{Kind: kindData, Image: labels[labelImage]}); err != nil {
+	r := record{Kind: kindData, Image: labels[labelImage], Backend: labels[LabelBackend], Blob: blobOf(labels)}
+	if err := writeRecord(s.dir(id), r); err != nil {
 		return err
 	}
+	s.owners.add(r.Blob, id)
 	return s.Snapshotter.Commit(ctx, name, key, snapshots.WithLabels(labels))
 }
 

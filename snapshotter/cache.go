@@ -1,0 +1,250 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/urfave/cli/v2"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob"
+	"github.com/nydusfs/nydus-snapshotter/pkg/config"
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
+	"github.com/nydusfs/nydus-snapshotter/pkg/registry"
+	"github.com/nydusfs/nydus-snapshotter/pkg/snapshot"
+)
+
+// newCache connects the cache with what it asks for.
+func newCache(cfg config.Config) (*blob.Cache, error) {
+	high, low, err := cfg.Cache.Watermarks()
+	if err != nil {
+		return nil, err
+	}
+	return blob.New(blob.Options{
+		Root: cfg.Root, RunDir: cfg.RunDir, Place: placer{cfg}.place, Grace: cfg.Cache.Grace,
+		High: blob.Mark(high), Low: blob.Mark(low), Now: time.Now, Log: slog.Default(),
+	}), nil
+}
+
+// placer tells where an image's blobs are cached, as backends does for a mount, but without
+// asking how they are reached.
+type placer struct{ config.Config }
+
+func (p placer) place(_ context.Context, ref, wanted string) (string, error) {
+	rule, err := selectRule(p.Backends, ref, wanted)
+	if err != nil {
+		return "", err
+	}
+	var b snapshot.Backend
+	switch {
+	case rule == nil || rule.Type == config.BackendRegistry:
+		own, err := registry.Hosts{}.Resolve(ref)
+		if err != nil {
+			return "", err
+		}
+		b.Host, b.Repository = own.Host, own.Repository
+	case rule.Type == config.BackendLocalFS:
+		b.Repository = rule.Dir
+	default:
+		if b, err = (backends{}).bucket(*rule); err != nil {
+			return "", err
+		}
+	}
+	return mountspec.CacheDir(p.Root, b.Host, b.Repository), nil
+}
+
+// sweeping has the cache swept after an image's layers were removed. Removing a
+// container's snapshot makes nothing unneeded.
+type sweeping struct {
+	*snapshot.Snapshotter
+	cache *blob.Cache
+}
+
+// Remove implements snapshots.Snapshotter.
+func (s sweeping) Remove(ctx context.Context, key string) error {
+	info, err := s.Stat(ctx, key)
+	if err == nil && info.Kind == snapshots.KindCommitted {
+		defer s.cache.Wake()
+	}
+	return s.Snapshotter.Remove(ctx, key)
+}
+
+func cacheCommand() *cli.Command {
+	flags := func(more ...cli.Flag) []cli.Flag {
+		return append([]cli.Flag{
+			configFlag(), rootFlag(), runDirFlag(),
+			&cli.StringFlag{Name: "format", Value: "table", Usage: "table or json"},
+		}, more...)
+	}
+	return &cli.Command{
+		Name:  "cache",
+		Usage: "look after the blobs that nydusd has fetched; needs no running snapshotter",
+		Subcommands: []*cli.Command{
+			{Name: "ls", Usage: "list blobs and who needs them", Before: noArguments, Flags: flags(), Action: cacheAction(listCache)},
+			{
+				Name: "gc", Usage: "remove what nothing needs, as serve does by itself", Before: noArguments,
+				Flags:  flags(&cli.BoolFlag{Name: "dry-run", Usage: "only tell what would be removed"}),
+				Action: cacheAction(sweepCache),
+			},
+			{Name: "verify", Usage: "compare what is cached with the images' digests, and remove what is wrong and not in use", Before: noArguments, Flags: flags(), Action: cacheAction(verifyCache)},
+		},
+		Action: func(c *cli.Context) error {
+			return fmt.Errorf("cache: want ls, gc or verify; see %s cache --help", c.App.Name)
+		},
+	}
+}
+
+func cacheAction(run func(c *cli.Context, cache *blob.Cache, asJSON bool) error) cli.ActionFunc {
+	return func(c *cli.Context) error {
+		format := c.String("format")
+		if format != "table" && format != "json" {
+			return fmt.Errorf("cache: --format is %q, want table or json", format)
+		}
+		cfg, err := loadOverridden(c)
+		if err != nil {
+			return err
+		}
+		cache, err := newCache(cfg)
+		if err != nil {
+			return err
+		}
+		return run(c, cache, format == "json")
+	}
+}
+
+func writeJSON(w io.Writer, value any) error {
+	out := json.NewEncoder(w)
+	out.SetIndent("", "  ")
+	return out.Encode(value)
+}
+
+// listCache prints what can be read, and reports the rest.
+func listCache(c *cli.Context, cache *blob.Cache, asJSON bool) error {
+	list, unknown, err := cache.List(c.Context)
+	if asJSON {
+		return errors.Join(writeJSON(c.App.Writer, append([]blob.Blob{}, list...)), err)
+	}
+	for _, path := range unknown {
+		fmt.Fprintf(c.App.ErrWriter, "not a blob's: %s\n", path)
+	}
+	return errors.Join(printBlobs(c.App.Writer, list, time.Now()), err)
+}
+
+func printBlobs(w io.Writer, list []blob.Blob, now time.Time) error {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(t, "BLOB\tREPOSITORY\tSIZE\tCOMPLETE\tMOUNTED\tLAST USE\tIMAGES")
+	for i := range list {
+		b := &list[i]
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", b.ID[:shortKey], origin(b), megabytes(b.Usage), complete(b),
+			dash(len(b.Instances) > 0, "yes"), age(now.Sub(b.LastUse)), dash(len(b.Images) > 0, strings.Join(b.Images, ",")))
+	}
+	return t.Flush()
+}
+
+func origin(b *blob.Blob) string {
+	return dash(b.Host+b.Repository != "", strings.TrimPrefix(b.Host+"/"+b.Repository, "/"))
+}
+
+func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }
+
+// complete is rounded down: 100% is all of it.
+func complete(b *blob.Blob) string {
+	if b.Fault != "" {
+		return "broken"
+	}
+	return dash(b.Chunks > 0, fmt.Sprintf("%d%%", 100*int64(b.Ready)/int64(max(b.Chunks, 1))))
+}
+
+func sweepCache(c *cli.Context, cache *blob.Cache, asJSON bool) error {
+	dry := c.Bool("dry-run")
+	report, err := cache.Sweep(c.Context, dry)
+	if asJSON {
+		return errors.Join(writeJSON(c.App.Writer, report), err)
+	}
+	return errors.Join(printReport(c.App.Writer, report, dry), err)
+}
+
+func printReport(w io.Writer, r blob.Report, dry bool) error {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	did := map[bool][2]string{false: {"removed", "evicted"}, true: {"would remove", "would evict"}}[dry]
+	for i, list := range [][]blob.Blob{r.Removed, r.Evicted} {
+		for n := range list {
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", did[i], list[n].ID[:shortKey], origin(&list[n]), megabytes(list[n].Usage))
+		}
+	}
+	for _, path := range r.Unknown {
+		fmt.Fprintf(t, "not a blob's\t%s\n", path)
+	}
+	if err := t.Flush(); err != nil {
+		return err
+	}
+	fmt.Fprintf(w, "%d blobs with %s; %s %d and %s %d, %s in all\n", r.Blobs, megabytes(r.Usage), did[0], len(r.Removed), did[1], len(r.Evicted), megabytes(r.Freed))
+	if r.Young > 0 {
+		fmt.Fprintf(w, "%d that nothing needs were written too lately; the first goes at %s\n", r.Young, r.Next.Format(time.DateTime))
+	}
+	if r.Busy > 0 {
+		fmt.Fprintf(w, "%d are still open somewhere\n", r.Busy)
+	}
+	if r.Short > 0 {
+		fmt.Fprintf(w, "%s more should go to reach the low watermark, but what is left is in use or too young\n", megabytes(r.Short))
+	}
+	return nil
+}
+
+// verifyCache fails when something is wrong.
+func verifyCache(c *cli.Context, cache *blob.Cache, asJSON bool) error {
+	var progress func(done, total int64)
+	if w := c.App.ErrWriter; isTerminal(w) {
+		progress = func(done, total int64) {
+			fmt.Fprintf(w, "\r\x1b[K%s of %s", megabytes(done), megabytes(total))
+		}
+	}
+	list, err := cache.Verify(c.Context, progress)
+	if progress != nil {
+		fmt.Fprint(c.App.ErrWriter, "\r\x1b[K")
+	}
+	if asJSON {
+		err = errors.Join(writeJSON(c.App.Writer, append([]blob.Verdict{}, list...)), err)
+	} else {
+		err = errors.Join(printVerdicts(c.App.Writer, list), err)
+	}
+	wrong := 0
+	for i := range list {
+		if list[i].Problem != "" {
+			wrong++
+		}
+	}
+	if wrong > 0 {
+		err = errors.Join(fmt.Errorf("cache verify: %d of %d blobs are wrong", wrong, len(list)), err)
+	}
+	return err
+}
+
+func printVerdicts(w io.Writer, list []blob.Verdict) error {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(t, "BLOB\tREPOSITORY\tCHUNKS\tTHERE\tCHECKED\tBAD\tRESULT")
+	for i := range list {
+		v := &list[i]
+		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%d\t%s\n", v.ID[:shortKey], origin(&v.Blob), v.Chunks, v.Ready, v.Checked, v.Bad, result(v))
+	}
+	return t.Flush()
+}
+
+func result(v *blob.Verdict) string {
+	switch {
+	case v.Problem == "" && v.Unchecked > 0:
+		return fmt.Sprintf("ok; nothing tells what %d chunks must be", v.Unchecked)
+	case v.Problem == "":
+		return "ok"
+	case v.Evicted:
+		return v.Problem + "; removed, and fetched again on demand"
+	}
+	return v.Problem + "; in use: end its containers and verify again"
+}
