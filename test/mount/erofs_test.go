@@ -42,7 +42,7 @@ func (e *env) prove(s *mountspec.Spec) {
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		err := new(prove.Prover).Prove(ctx, s.CacheDir, s.Bootstrap, s.BootstrapDigest)
+		_, err := new(prove.Prover).Prove(ctx, s.CacheDir, s.Bootstrap, s.BootstrapDigest)
 		if err == nil {
 			return
 		}
@@ -230,7 +230,7 @@ func TestHoledIsNeverRead(t *testing.T) {
 		t.Errorf("a holed image: %+v", r)
 	}
 	p := prove.Prover{Now: func() time.Time { return time.Now().Add(time.Minute) }}
-	if err := p.Prove(t.Context(), s.CacheDir, s.Bootstrap, s.BootstrapDigest); !errors.Is(err, prove.ErrWrong) {
+	if _, err := p.Prove(t.Context(), s.CacheDir, s.Bootstrap, s.BootstrapDigest); !errors.Is(err, prove.ErrWrong) {
 		t.Errorf("a hole is proven: %v", err)
 	}
 	for _, blob := range data {

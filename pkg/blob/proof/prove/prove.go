@@ -83,53 +83,56 @@ func (p *Prover) step(name string) {
 }
 
 // Prove proves the image of a bootstrap, of the digest given, in its cache directory, unless
-// it is proven already. The error wraps ErrIncomplete when it may be possible later, ErrWrong
+// it is proven already: done is false then. The error wraps ErrIncomplete when it may be possible later, ErrWrong
 // when what the cache has is wrong, and proof.ErrNotProven when it can never be.
-func (p *Prover) Prove(ctx context.Context, cacheDir, bootstrap, digest string) error {
-	if err := p.prove(ctx, cacheDir, bootstrap, digest); err != nil {
-		return fmt.Errorf("prove that the image is in the cache directory %s: %w", cacheDir, err)
+func (p *Prover) Prove(ctx context.Context, cacheDir, bootstrap, digest string) (done bool, err error) {
+	if done, err = p.prove(ctx, cacheDir, bootstrap, digest); err != nil {
+		return false, fmt.Errorf("prove that the image is in the cache directory %s: %w", cacheDir, err)
 	}
-	return nil
+	return done, nil
 }
 
-func (p *Prover) prove(ctx context.Context, cacheDir, path, digest string) error {
+func (p *Prover) prove(ctx context.Context, cacheDir, path, digest string) (done bool, err error) {
 	if proof.Path(cacheDir, digest) == "" {
-		return fmt.Errorf("%w: bootstrap digest %.80q is not sha256: and 64 lowercase hex digits", proof.ErrNotProven, digest)
+		return false, fmt.Errorf("%w: bootstrap digest %.80q is not sha256: and 64 lowercase hex digits", proof.ErrNotProven, digest)
 	}
 	f, size, err := openBootstrap(path)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer f.Close()
 	b, err := rafs.Open(f, size)
 	if err != nil {
-		return fmt.Errorf("read bootstrap: %w", err)
+		return false, fmt.Errorf("read bootstrap: %w", err)
 	}
 	if Valid(cacheDir, digest, b) {
-		return nil
+		return false, nil
 	}
 	if err := proof.Suitable(b); err != nil {
-		return err
+		return false, err
 	}
 	if err := present(cacheDir, b); err != nil {
-		return err
+		return false, err
 	}
 	if err := checkDigest(io.NewSectionReader(f, 0, size), digest); err != nil {
-		return err
+		return false, err
 	}
 	tables, err := rafs.Chunks(f, size, maxChunks)
 	if err != nil {
-		return err
+		return false, err
 	}
 	rec := proof.New(digest, []proof.Blob{})
 	for i := range tables {
 		file, err := p.blob(ctx, cacheDir, &tables[i])
 		if err != nil {
-			return fmt.Errorf("blob %s: %w", tables[i].Blob.ID, err)
+			return false, fmt.Errorf("blob %s: %w", tables[i].Blob.ID, err)
 		}
 		rec.Blobs = append(rec.Blobs, proof.Blob{ID: tables[i].Blob.ID, File: file})
 	}
-	return p.write(cacheDir, rec)
+	if err := p.write(cacheDir, rec); err != nil {
+		return false, err
+	}
+	return true, nil
 }
 
 // Valid tells whether there is a proof that holds.

@@ -3,10 +3,12 @@ package prove
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,7 +28,8 @@ func must(t *testing.T, err error) {
 func prove(t *testing.T, im *prooftest.Image) error {
 	t.Helper()
 	p := Prover{Now: prooftest.Later}
-	return p.Prove(t.Context(), im.CacheDir, im.Bootstrap, im.Digest)
+	_, err := p.Prove(t.Context(), im.CacheDir, im.Bootstrap, im.Digest)
+	return err
 }
 
 // proven is what the mount helper would find.
@@ -204,16 +207,16 @@ func TestNever(t *testing.T) {
 	}
 	im := prooftest.New(t, testdata, "v6-none-4k", t.TempDir())
 	p := Prover{Now: prooftest.Later}
-	if err := p.Prove(t.Context(), im.CacheDir, im.Bootstrap, "sha256:../../x"); !errors.Is(err, proof.ErrNotProven) {
+	if _, err := p.Prove(t.Context(), im.CacheDir, im.Bootstrap, "sha256:../../x"); !errors.Is(err, proof.ErrNotProven) {
 		t.Errorf("a digest that is a path: %v", err)
 	}
 	// What was just written may be written again within the same tick of the clock.
-	if err := (&Prover{}).Prove(t.Context(), im.CacheDir, im.Bootstrap, im.Digest); !errors.Is(err, ErrIncomplete) {
+	if _, err := (&Prover{}).Prove(t.Context(), im.CacheDir, im.Bootstrap, im.Digest); !errors.Is(err, ErrIncomplete) {
 		t.Errorf("just written: %v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := p.Prove(ctx, im.CacheDir, im.Bootstrap, im.Digest); !errors.Is(err, context.Canceled) {
+	if _, err := p.Prove(ctx, im.CacheDir, im.Bootstrap, im.Digest); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
 }
@@ -228,7 +231,7 @@ func TestWritten(t *testing.T) {
 			at(t, im.Data(0), 0, data[:1]...)
 		}
 	}}
-	if err := p.Prove(t.Context(), im.CacheDir, im.Bootstrap, im.Digest); !errors.Is(err, ErrIncomplete) {
+	if _, err := p.Prove(t.Context(), im.CacheDir, im.Bootstrap, im.Digest); !errors.Is(err, ErrIncomplete) {
 		t.Errorf("written to meanwhile: %v", err)
 	}
 	if err := proven(t, im); !errors.Is(err, proof.ErrNotProven) {
@@ -242,7 +245,9 @@ func TestKilled(t *testing.T) {
 	var steps []string
 	whole := prooftest.New(t, testdata, "v6-merged", t.TempDir())
 	p := Prover{Now: prooftest.Later, Step: func(name string) { steps = append(steps, name) }}
-	must(t, p.Prove(t.Context(), whole.CacheDir, whole.Bootstrap, whole.Digest))
+	if done, err := p.Prove(t.Context(), whole.CacheDir, whole.Bootstrap, whole.Digest); err != nil || !done {
+		t.Fatal(done, err)
+	}
 	if len(steps) != 9 {
 		t.Fatalf("steps %q", steps)
 	}
@@ -250,7 +255,7 @@ func TestKilled(t *testing.T) {
 		im := prooftest.New(t, testdata, "v6-merged", t.TempDir())
 		done := make(chan struct{})
 		p := Prover{Now: prooftest.Later, Step: stopAt(n, done)}
-		go func() { _ = p.Prove(t.Context(), im.CacheDir, im.Bootstrap, im.Digest) }()
+		go func() { _, _ = p.Prove(t.Context(), im.CacheDir, im.Bootstrap, im.Digest) }()
 		<-done
 		err := proven(t, im)
 		if renamed := last == "sync directory"; renamed != (err == nil) {
@@ -278,10 +283,46 @@ func stopAt(n int, reached chan<- struct{}) func(string) {
 	}
 }
 
+// TestBackground waits for an image to be proven that becomes complete.
+func TestBackground(t *testing.T) {
+	root := t.TempDir()
+	im := prooftest.New(t, testdata, "v6-merged", root)
+	broken := prooftest.New(t, testdata, "v6-lz4_block-4k", t.TempDir())
+	punch(t, broken.Data(0))
+	must(t, os.Rename(im.Map(0), im.Map(0)+".later"))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	passes := 0
+	said := new(strings.Builder)
+	b := Background{
+		Root: root, Every: time.Millisecond, Log: slog.New(slog.NewTextHandler(said, nil)), Prover: Prover{Now: prooftest.Later},
+		Images: func() ([]Image, error) {
+			switch passes++; passes {
+			case 3:
+				must(t, os.Rename(im.Map(0)+".later", im.Map(0)))
+			case 6:
+				cancel()
+			}
+			return []Image{{"broken", broken.CacheDir, broken.Bootstrap, broken.Digest}, {"good", im.CacheDir, im.Bootstrap, im.Digest}},
+				errors.New("one more cannot be read")
+		},
+	}
+	must(t, b.Run(ctx))
+	must(t, proven(t, im))
+	if err := proven(t, broken); err == nil {
+		t.Error("a broken image is proven")
+	}
+	for what, want := range map[string]int{"event=proven": 1, "event=damaged": 1, "one more cannot be read": 6} {
+		if n := strings.Count(said.String(), what); n != want {
+			t.Errorf("%q is in the log %d times, want %d:\n%s", what, n, want, said)
+		}
+	}
+}
+
 func BenchmarkOpen(b *testing.B) {
 	im := prooftest.New(b, testdata, "v6-merged", b.TempDir())
 	p := Prover{Now: prooftest.Later}
-	if err := p.Prove(b.Context(), im.CacheDir, im.Bootstrap, im.Digest); err != nil {
+	if _, err := p.Prove(b.Context(), im.CacheDir, im.Bootstrap, im.Digest); err != nil {
 		b.Fatal(err)
 	}
 	for b.Loop() {
