@@ -52,7 +52,8 @@ func (i *Instance) mountProven(ctx context.Context, s Spec) error {
 
 // withoutDaemon mounts the image through the kernel.
 func (l *launch) withoutDaemon(ctx context.Context) error {
-	s, err := l.spec, error(nil)
+	s := l.spec
+	var err error
 	if l.digest, err = linkBootstrap(s, l.disk.bootstrap()); err != nil {
 		return err
 	}
