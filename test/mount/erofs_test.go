@@ -152,6 +152,23 @@ func TestDaemonlessReleased(t *testing.T) {
 	if m := mounted(t, runDir); len(m) != 1 {
 		t.Errorf("mounted: %q", m)
 	}
+
+	// What was begun for a mount that fails is undone with it.
+	if r := e.mount(e.by(mountspec.DriverEROFS, s), filepath.Join(e.target(), "missing")); r.code == 0 {
+		t.Errorf("a mount on nothing: %+v", r)
+	}
+	if keys, err := instance.Keys(runDir); err != nil || len(keys) > 0 {
+		t.Errorf("after a mount that failed: %q, %v", keys, err)
+	}
+
+	// It needs no place in a shared daemon.
+	shared := e.by(mountspec.DriverAuto, s)
+	shared.Daemon.Mode = mountspec.ModeShared
+	target = e.mustMount(shared)
+	e.answers(target, "one")
+	e.served(mountspec.DriverEROFS)
+	e.daemons(0)
+	e.unmount(target)
 }
 
 // TestUnproven damages what was proven: auto starts a daemon, erofs fails with the reason.
