@@ -313,3 +313,74 @@ func TestDaemonlessInterrupted(t *testing.T) {
 	e.unmount(target)
 	e.unmount(other)
 }
+
+// TestWrittenDuringTheMount has somebody write to, or exchange, the cache after it was
+// looked at and before it is mounted.
+func TestWrittenDuringTheMount(t *testing.T) {
+	k := newKiller(t, mountspec.ModeDedicated)
+	s := k.provable(k.img)
+	k.complete(k.img, s)
+	data, err := filepath.Glob(filepath.Join(s.CacheDir, "*.blob.data"))
+	must(t, err)
+	if len(data) < 2 {
+		t.Fatalf("data files %q", data)
+	}
+	touch := func() error {
+		text, err := os.ReadFile(data[0])
+		if err != nil {
+			return err
+		}
+		f, err := os.OpenFile(data[0], os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		_, err = f.WriteAt(text[:1], 0)
+		return errors.Join(err, f.Close())
+	}
+	exchange := func() error {
+		return unix.Renameat2(unix.AT_FDCWD, data[0], unix.AT_FDCWD, data[1], unix.RENAME_EXCHANGE)
+	}
+	for _, c := range []struct {
+		name   string
+		before uint64
+		strike func() error
+		after  func() error
+	}{
+		{"written before it is opened by the kernel", unix.SYS_FSOPEN, touch, nil},
+		{"written before it is attached", unix.SYS_MOVE_MOUNT, touch, nil},
+		{"exchanged", unix.SYS_FSOPEN, exchange, exchange},
+	} {
+		for _, driver := range []mountspec.Driver{mountspec.DriverEROFS, mountspec.DriverAuto} {
+			must(t, k.tidy(soon))
+			_ = os.Remove(proof.Path(s.CacheDir, s.BootstrapDigest))
+			k.prove(s)
+			k.spec = k.by(driver, s)
+			k.option = k.env.option(k.spec)
+			if c.after != nil && driver == mountspec.DriverAuto {
+				continue // a daemon would read the wrong file
+			}
+			struck, status, err := trace{calls: []uint64{c.before}, n: 1, strike: c.strike}.run(k.helper())
+			if c.after != nil {
+				must(t, c.after())
+			}
+			if err != nil || !struck {
+				t.Fatalf("%s: struck %t, %v", c.name, struck, err)
+			}
+			if driver == mountspec.DriverEROFS {
+				if status.ExitStatus() == 0 {
+					t.Errorf("%s: it is mounted", c.name)
+				}
+				if m := mounted(t, k.target); len(m) > 0 {
+					t.Errorf("%s: %q is left", c.name, m)
+				}
+				continue
+			}
+			if status.ExitStatus() != 0 {
+				t.Fatalf("%s, auto: exit status %d", c.name, status.ExitStatus())
+			}
+			k.served(mountspec.DriverFUSE)
+			k.holds(k.img, k.target)
+			k.unmount(k.target)
+		}
+	}
+}
