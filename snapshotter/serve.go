@@ -160,6 +160,9 @@ func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache) 
 		RunDir: cfg.RunDir, Timeout: cfg.Daemon.HangTimeout, Asker: &probe.Prober{Program: spare.program}, Log: slog.Default(),
 	})
 	done.Go(func() { keepRunning(background, "daemons that hang are not noticed", hung.Run) })
+	if cfg.Mount.Driver != mountspec.DriverFUSE {
+		done.Go(func() { keepRunning(background, "complete images go on to be served by nydusd", proveImages(cfg)) })
+	}
 	return func() {
 		cancel()
 		done.Wait()

@@ -32,6 +32,7 @@ func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf, logi
 		Root:    cfg.Root,
 		RunDir:  cfg.RunDir,
 		Managed: cfg.Mount.Style == config.StyleManaged,
+		Driver:  cfg.Mount.Driver,
 		Daemon:  daemon.spec,
 		Backends: backends{
 			rules: cfg.Backends, tuning: tuningOf(cfg.Daemon.ConfigTemplate), remote: cfg.Remote, endpoints: endpoints(cfg.Remote, logins), keychain: logins,

@@ -153,6 +153,8 @@ const (
 // Mount says how root filesystems are mounted.
 type Mount struct {
 	Style Style `toml:"style"`
+	// Driver is how images' filesystems are made.
+	Driver mountspec.Driver `toml:"driver"`
 	// IdleLinger is how long an unused image stays mounted.
 	IdleLinger  time.Duration `toml:"idle_linger"`
 	Credentials Credentials   `toml:"credentials"`
@@ -234,6 +236,7 @@ func Default() Config {
 		},
 		Mount: Mount{
 			Style:       StyleHelper,
+			Driver:      mountspec.DriverFUSE,
 			IdleLinger:  30 * time.Second,
 			Credentials: CredentialsSealed,
 		},

@@ -238,6 +238,7 @@ func TestSingleFaults(t *testing.T) {
 		"version = 1\ncgroup.cpu = \"1\"\ndaemon.cgroup_parent = \"\"":                                   "without a cgroup nothing can be limited",
 		"version = 1\ncgroup.memory = \"1G\"\ndaemon.oom_score_adj = -1000":                              "use -999 or more",
 		"version = 1\nmount.idle_linger = \"-1s\"":                                                       "want 0s to 24h",
+		"version = 1\nmount.driver = \"loop\"":                                                           "want one of: auto, fuse, erofs",
 		"version = 1\nmount.style = \"kata\"":                                                            "want one of: helper, managed",
 		"version = 1\nremote.plain_http = [\"a\"]\nremote.skip_verify = [\"a\"]":                         "also in plain_http",
 		"version = 1\nremote.plain_http = [\"a:0\"]":                                                     "host or host:port",

@@ -50,6 +50,7 @@ func (c Config) Validate() []Fault {
 	v.daemon(c.Daemon)
 	v.cgroup(c.Cgroup, c.Daemon)
 	v.oneOf("mount.style", string(c.Mount.Style), string(StyleHelper), string(StyleManaged))
+	v.oneOf("mount.driver", string(c.Mount.Driver), string(mountspec.DriverAuto), string(mountspec.DriverFUSE), string(mountspec.DriverEROFS))
 	v.oneOf("mount.credentials", string(c.Mount.Credentials), string(CredentialsSealed), string(CredentialsPlain))
 	if c.Mount.Style == StyleManaged && c.Mount.Credentials == CredentialsPlain {
 		v.fail("mount.credentials", `"plain" is for Kata Containers, which does not know mount.style "managed"; use "sealed", or style "helper"`)

@@ -161,8 +161,8 @@ func (w *Watch) look(ctx context.Context) {
 	present := make(map[name]bool, len(w.seen))
 	for _, rec := range list {
 		for _, g := range rec.Generations() {
-			if !g.Ready {
-				continue // its helper watches it
+			if !g.Ready || g.Daemonless() {
+				continue // its helper watches it, or there is no daemon
 			}
 			n := name{rec.Key, g.Number, g.PID, g.StartTime}
 			present[n] = true

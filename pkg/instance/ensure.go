@@ -42,8 +42,10 @@ type Spec struct {
 	restarts int
 	// Root receives the log and the link to the bootstrap, RunDir the rest.
 	Root, RunDir string
-	Driver       mountspec.Driver
-	Daemon       mountspec.Daemon
+	// Driver says whether the kernel may serve the image by itself, if its blobs are
+	// proven to be complete. An instance that serves stays as it is.
+	Driver mountspec.Driver
+	Daemon mountspec.Daemon
 	// Starting, when set, is called when a daemon has to be started, and ends
 	// with stop when that is done: ctx should end when the caller is told to, so
 	// that what was begun is undone. Finding an instance that serves is too
@@ -135,6 +137,10 @@ func (i *Instance) serves(ctx context.Context) (bool, error) {
 		return false, err
 	case errors.Is(err, errUnmounted):
 		return false, nil
+	case g.Daemonless():
+		g.Failed = true
+		i.note("the filesystem without a daemon does not answer and is replaced: %v", err)
+		return false, nil
 	}
 	p, found := i.dir.daemon(g)
 	if found != nil || p == nil {
@@ -200,6 +206,14 @@ func (i *Instance) start(ctx context.Context, s Spec) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.Daemon.StartTimeout, fmt.Errorf("not within %s", s.Daemon.StartTimeout))
 	defer cancel()
 	i.describe(s)
+	if s.Driver == mountspec.DriverAuto || s.Driver == mountspec.DriverEROFS {
+		err := i.mountProven(ctx, s)
+		if err == nil || s.Driver == mountspec.DriverEROFS || ctx.Err() != nil {
+			return err
+		}
+		i.rec.Driver = mountspec.DriverFUSE
+		i.note("the image gets a nydusd: %v", err)
+	}
 	if s.shared() {
 		return i.board(ctx, s)
 	}

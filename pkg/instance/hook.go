@@ -19,7 +19,7 @@ func FindByTarget(runDir, target string) (key string, err error) {
 	if err != nil {
 		return "", err
 	}
-	if m, ok := x.At(target); !ok || m.Type != "overlay" && !strings.HasPrefix(m.Type, "fuse") {
+	if m, ok := x.At(target); !ok || m.Type != "overlay" && m.Type != rootfs.TypeEROFS && !strings.HasPrefix(m.Type, "fuse") {
 		return "", ErrNotNydus
 	}
 	keys, err := Keys(runDir)

@@ -215,10 +215,10 @@ func (l *launch) env() []string {
 	return nydusd.Environment(os.Environ(), l.spec.Daemon.CAFile)
 }
 
-// writeEnv keeps it for successors. An image in a pool has none of its own.
+// writeEnv keeps it for successors. An image without a daemon of its own has none.
 func (l *launch) writeEnv() error {
 	env := l.env()
-	if len(env) == 0 || l.gen.Berth != nil {
+	if len(env) == 0 || l.gen.Berth != nil || l.gen.Daemonless() {
 		return nil
 	}
 	text, err := json.Marshal(env)

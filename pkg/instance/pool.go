@@ -99,6 +99,9 @@ func (g *Generation) root() string {
 
 // holds tells whether a mount of the generation's device is one of the image's.
 func (g *Generation) holds(m rootfs.Mount) bool {
+	if g.Daemonless() && (m.Type != rootfs.TypeEROFS || m.Source != g.Source) {
+		return false // the number has become that of another one
+	}
 	return m.Dev == g.Dev && (g.Berth == nil || m.Root == g.root() || strings.HasPrefix(m.Root, g.root()+"/"))
 }
 

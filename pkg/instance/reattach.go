@@ -22,8 +22,8 @@ func (i *Instance) reattach(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	for n, g := range i.rec.Retired {
-		if g.Failed {
-			continue
+		if g.Failed || g.Daemonless() {
+			continue // to mount it anew costs nothing, and nothing could prove whose a number is
 		}
 		ok, err := i.rebind(ctx, x, g)
 		if err != nil {

@@ -307,7 +307,7 @@ func (i *Instance) elsewhere(x *mountIndex) (bool, error) {
 // tells: its last mount may have gone long before, or in another namespace.
 func (r *Reconciler) await(ctx context.Context, retired []Generation) (ended error) {
 	for _, g := range retired {
-		if r.waiting[g.PID] || g.Berth != nil {
+		if r.waiting[g.PID] || g.Berth != nil || g.Daemonless() {
 			continue
 		}
 		p, err := nydusd.Find(g.PID, g.StartTime)

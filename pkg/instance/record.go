@@ -25,15 +25,16 @@ const recordVersion = 1
 
 // Record is what is known of an instance. It holds no secret.
 type Record struct {
-	Version         int              `json:"version"`
-	Key             string           `json:"key"`
-	Image           string           `json:"image,omitempty"`
-	BootstrapDigest string           `json:"bootstrap_digest"`
-	Host            string           `json:"host,omitempty"`
-	Repository      string           `json:"repository,omitempty"`
-	CacheDir        string           `json:"cache_dir"`
-	Root            string           `json:"root"`
-	Driver          mountspec.Driver `json:"driver"`
+	Version         int    `json:"version"`
+	Key             string `json:"key"`
+	Image           string `json:"image,omitempty"`
+	BootstrapDigest string `json:"bootstrap_digest"`
+	Host            string `json:"host,omitempty"`
+	Repository      string `json:"repository,omitempty"`
+	CacheDir        string `json:"cache_dir"`
+	Root            string `json:"root"`
+	// Driver is how the newest generation is served.
+	Driver mountspec.Driver `json:"driver"`
 	// Last is the number of the newest generation there was.
 	Last int `json:"last"`
 	// Current is the generation that new mounts use, nil for none.
@@ -42,7 +43,8 @@ type Record struct {
 	Retired []Generation `json:"retired,omitempty"`
 }
 
-// Generation is one daemon with its mount, or a mount of an image in a pool.
+// Generation is one daemon with its mount, a mount of an image in a pool, or one that the
+// kernel serves without a daemon.
 type Generation struct {
 	Number int `json:"number"`
 	// Ready is set once the filesystem has answered. Until then nothing uses it.
@@ -52,6 +54,11 @@ type Generation struct {
 	Alone bool `json:"alone,omitempty"`
 	// Failed is set once it did not answer. Nothing new is mounted on it.
 	Failed bool `json:"failed,omitempty"`
+	// Driver is how it is served; empty for a nydusd. Without a daemon (see Daemonless)
+	// there is no PID, Socket or Supervisor.
+	Driver mountspec.Driver `json:"driver,omitempty"`
+	// Source is what the mount table shows as the source of one without a daemon.
+	Source string `json:"source,omitempty"`
 	// Mountpoint is where the filesystem is, or was, mounted.
 	Mountpoint string `json:"mountpoint"`
 	// Socket is the daemon's API.

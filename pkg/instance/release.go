@@ -146,7 +146,7 @@ const endWait = time.Second
 // filesystem is gone serves nobody and is made to end. While somebody replaces the
 // daemon it has not ended, whatever it looks like.
 func (i *Instance) finish(g *Generation) (ended bool, err error) {
-	if g.Berth != nil {
+	if g.Berth != nil || g.Daemonless() {
 		return i.leave(g)
 	}
 	lock, err := openFile(genDir(filepath.Dir(g.Mountpoint)).succession(), unix.O_RDWR|unix.O_CREAT)
@@ -197,8 +197,9 @@ func (i *Instance) finish(g *Generation) (ended bool, err error) {
 	return true, nil
 }
 
-// leave removes what a retired generation in a pool left, once it has no users. An
-// open file that the mount table does not show keeps the pool's daemon.
+// leave removes what a retired generation without a daemon of its own left, once it has
+// no users. An open file that the mount table does not show keeps the pool's daemon, or
+// the kernel's filesystem.
 func (i *Instance) leave(g *Generation) (ended bool, err error) {
 	if err := unmount(g.Mountpoint); err != nil {
 		return false, err
@@ -207,7 +208,11 @@ func (i *Instance) leave(g *Generation) (ended bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	targets, _, err := users(i.dir, g, x)
+	left := *g
+	if g.Daemonless() && i.outlived(g) {
+		left.Dev = ""
+	}
+	targets, _, err := users(i.dir, &left, x)
 	if err != nil || len(targets) > 0 {
 		return false, err
 	}
@@ -220,7 +225,7 @@ func (i *Instance) leave(g *Generation) (ended bool, err error) {
 // mounted there cannot lose a file.
 func removeGeneration(key string, g Generation) error {
 	d := genDir(filepath.Dir(g.Mountpoint))
-	if !g.Ready && g.Berth == nil {
+	if !g.Ready && g.Berth == nil && !g.Daemonless() {
 		if err := killOrphans(g); err != nil {
 			return err
 		}
@@ -339,7 +344,7 @@ func (i *Instance) awaitRetired(ctx context.Context) bool {
 		deadline = d
 	}
 	for _, g := range i.rec.Retired {
-		if g.Berth != nil {
+		if g.Berth != nil || g.Daemonless() {
 			continue // no daemon ends with it
 		}
 		p, err := nydusd.Find(g.PID, g.StartTime)

@@ -25,7 +25,7 @@ const (
 	StateFailed State = "failed"
 	// StateRetired ends with its users: a newer one, or none, has its place.
 	StateRetired State = "retired"
-	// StateDead has no process: its users get errors.
+	// StateDead has no process, or without a daemon no mount: its users get errors.
 	StateDead State = "dead"
 )
 
@@ -38,7 +38,7 @@ type Status struct {
 	Image      string           `json:"image"`
 	Driver     mountspec.Driver `json:"driver"`
 	State      State            `json:"state"`
-	// PID is 0 while it is not known.
+	// PID is 0 while it is not known, and for one without a daemon.
 	PID int `json:"pid"`
 	// RSS is the daemon's memory in bytes, 0 when there is none.
 	RSS int64 `json:"rss"`
@@ -119,7 +119,7 @@ func statusOf(d dir, rec *Record, x *mountIndex) ([]Status, error) {
 
 func (r *Record) status(d dir, g *Generation, x *mountIndex) (Status, error) {
 	s := Status{
-		Instance: r.Key, Generation: g.Number, Image: r.Image, Driver: r.Driver,
+		Instance: r.Key, Generation: g.Number, Image: r.Image, Driver: g.driver(),
 		Started: g.Started,
 	}
 	switch {
@@ -155,7 +155,12 @@ func (r *Record) status(d dir, g *Generation, x *mountIndex) (Status, error) {
 		s.RSS = p.RSS()
 		err = p.Close()
 	}
-	s.State = stateOf(g, g == r.Current, p != nil, s.Mounts)
+	lives := p != nil
+	if g.Daemonless() {
+		m, ok := x.At(g.Mountpoint)
+		lives = ok && g.holds(m) || s.Mounts > 0
+	}
+	s.State = stateOf(g, g == r.Current, lives, s.Mounts)
 	return s, err
 }
 

@@ -66,6 +66,7 @@ func variants() map[string]*Spec {
 	add("image-v5", func(s *Spec) {
 		s.Kind, s.FSVersion, s.Lower, s.Driver, s.Credentials = KindImage, "v5", nil, DriverFUSE, nil
 	})
+	add("rootfs-erofs", func(s *Spec) { s.Driver, s.Credentials = DriverEROFS, nil })
 	add("rootfs-shared", func(s *Spec) { s.Daemon.Mode = ModeShared })
 	add("plain-config", func(s *Spec) {
 		s.Credentials = nil

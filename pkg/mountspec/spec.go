@@ -31,10 +31,14 @@ const (
 type Driver string
 
 const (
-	// DriverAuto leaves the choice to the mount helper.
+	// DriverAuto is DriverEROFS where that is possible, otherwise DriverFUSE. Helpers that
+	// do not know DriverEROFS take it for DriverFUSE.
 	DriverAuto Driver = "auto"
 	// DriverFUSE is a nydusd that serves the image over FUSE.
 	DriverFUSE Driver = "fuse"
+	// DriverEROFS is the kernel's own filesystem upon blobs that were proven to be complete;
+	// without that proof the mount fails.
+	DriverEROFS Driver = "erofs"
 )
 
 // Mode says how many images a nydusd serves.
@@ -227,8 +231,8 @@ func (s *Spec) Validate() error {
 	if s.FSVersion != "v5" && s.FSVersion != "v6" {
 		fail("fs_version %q: want v5 or v6", s.FSVersion)
 	}
-	if s.Driver != DriverAuto && s.Driver != DriverFUSE {
-		fail("driver %q: want %q or %q", s.Driver, DriverAuto, DriverFUSE)
+	if s.Driver != DriverAuto && s.Driver != DriverFUSE && s.Driver != DriverEROFS {
+		fail("driver %q: want %q, %q or %q", s.Driver, DriverAuto, DriverFUSE, DriverEROFS)
 	}
 	if s.Daemon.Mode != ModeDedicated && s.Daemon.Mode != ModeShared {
 		fail("daemon mode %q: want %q, or nothing for one of its own", s.Daemon.Mode, ModeShared)

@@ -173,8 +173,8 @@ func (r *Recovery) look(ctx context.Context, all *sync.WaitGroup) (pending bool)
 			continue
 		}
 		for _, g := range rec.Generations() {
-			if g.Berth != nil {
-				continue // its pool has the daemon
+			if g.Berth != nil || g.Daemonless() {
+				continue // its pool has the daemon, or there is none
 			}
 			if !g.Ready {
 				pending = true

@@ -21,6 +21,8 @@ type Mount struct {
 	Root string
 	// Type is the filesystem's type, such as "overlay" or "fuse.rafs".
 	Type string
+	// Source is what was mounted, as whoever mounted it named it.
+	Source string
 	// Dev is the filesystem's device number, "major:minor".
 	Dev string
 	// Flags are the mount's own flags, such as "rw,nosuid".
@@ -94,7 +96,7 @@ func toTable(infos []*mountinfo.Info) Table {
 	for i, m := range infos {
 		t[i] = Mount{
 			Target: m.Mountpoint, Root: m.Root, Type: m.FSType, Dev: fmt.Sprintf("%d:%d", m.Major, m.Minor),
-			Flags: m.Options, Options: unescape(m.VFSOptions),
+			Flags: m.Options, Source: unescape(m.Source), Options: unescape(m.VFSOptions),
 		}
 	}
 	return t

@@ -160,7 +160,7 @@ func (s *Snapshotter) spec(ctx context.Context, id string, im *image) (*mountspe
 		Root:            s.o.Root,
 		RunDir:          s.o.RunDir,
 		CacheDir:        cache,
-		Driver:          mountspec.DriverAuto,
+		Driver:          s.o.Driver,
 		Daemon:          s.o.Daemon(),
 	}
 	spec.Daemon.CAFile = backend.CAFile

@@ -60,7 +60,7 @@ func TestHelperMount(t *testing.T) {
 		Kind: mountspec.KindRootfs, OverlayOptions: n.overlayOfPlain(),
 		Instance: mountspec.InstanceKey(digestOf(text), "registry.example", "team/app", cache),
 		Image:    testImage, Host: "registry.example", Repository: "team/app",
-		Root: n.root, RunDir: "/run/test", CacheDir: cache, Driver: mountspec.DriverAuto, Daemon: testDaemon(),
+		Root: n.root, RunDir: "/run/test", CacheDir: cache, Driver: mountspec.DriverFUSE, Daemon: testDaemon(),
 		Credentials: &mountspec.Credentials{Auth: canary},
 	}
 	if !reflect.DeepEqual(s, want) {

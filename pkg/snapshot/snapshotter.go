@@ -59,6 +59,8 @@ type Options struct {
 	RunDir string
 	// Managed selects two mounts, for containerd's mount manager, instead of one.
 	Managed bool
+	// Driver says how images' filesystems may be made; empty for mountspec.DriverFUSE.
+	Driver mountspec.Driver
 
 	// Daemon says how nydusd is to be started, anew for each mount.
 	Daemon func() mountspec.Daemon
@@ -95,6 +97,9 @@ const lockTimeout = 2 * time.Second
 // New opens the snapshotter in o.Root and creates it when needed. The context is for
 // that alone.
 func New(ctx context.Context, o Options) (*Snapshotter, error) {
+	if o.Driver == "" {
+		o.Driver = mountspec.DriverFUSE
+	}
 	if err := os.MkdirAll(o.Root, 0o700); err != nil {
 		return nil, fmt.Errorf("create root: %w", err)
 	}

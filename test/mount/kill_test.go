@@ -201,15 +201,25 @@ func (k *killer) killAfter(d time.Duration) (finished bool) {
 
 // The helper is killed before each of its system calls that could matter.
 func TestHelperKilledAtEveryStep(t *testing.T) {
-	killAtEveryStep(t, mountspec.ModeDedicated)
+	killAtEveryStep(t, newKiller(t, mountspec.ModeDedicated), 60)
 }
 
 func TestHelperKilledAtEveryStepToASharedDaemon(t *testing.T) {
-	killAtEveryStep(t, mountspec.ModeShared)
+	killAtEveryStep(t, newKiller(t, mountspec.ModeShared), 60)
 }
 
-func killAtEveryStep(t *testing.T, mode mountspec.Mode) {
-	k := newKiller(t, mode)
+func TestHelperKilledAtEveryStepWithoutADaemon(t *testing.T) {
+	k := newKiller(t, mountspec.ModeDedicated)
+	k.spec = k.provable(k.img)
+	k.complete(k.img, k.spec)
+	k.spec = k.by(mountspec.DriverEROFS, k.spec)
+	k.option = k.env.option(k.spec)
+	killAtEveryStep(t, k, 30)
+	k.daemons(0)
+}
+
+// killAtEveryStep expects at least so many steps of a cold mount.
+func killAtEveryStep(t *testing.T, k *killer, least int) {
 	for _, state := range []string{"cold", "warm"} {
 		steps := 0
 		for step := 1; ; step++ {
@@ -229,7 +239,7 @@ func killAtEveryStep(t *testing.T, mode mountspec.Mode) {
 			steps++
 		}
 		t.Logf("%s: %d steps", state, steps)
-		if want := map[string]int{"cold": 60, "warm": 15}[state]; steps < want {
+		if want := map[string]int{"cold": least, "warm": 15}[state]; steps < want {
 			t.Errorf("%s: only %d steps were seen, want at least %d", state, steps, want)
 		}
 	}

@@ -1,0 +1,345 @@
+// Package prove compares the blobs of an image in a cache directory with the digests in
+// the image's bootstrap, and writes down what it found right (package proof).
+//
+// What it promises:
+//
+//   - A proof is written only after every chunk that the image's files consist of was read
+//     back and had the digest that the bootstrap tells, by blake3 or sha256, and every
+//     chunk of every blob is there by nydusd's own word, so that no daemon has a reason to
+//     write to the files again.
+//   - The data is on disk before it is compared, and the proof is written under another
+//     name, synced and renamed: killed at any moment, it leaves a proof or none.
+//   - A blob that somebody writes to meanwhile is not proven.
+//   - It reads no faster than it was told, and nothing of a blob while one is incomplete.
+//
+// It is part of the snapshotter; the mount helper does not link it. It is not for blobs
+// that nydusd keeps compressed, for private cache directories of daemons older than 2.3, or
+// for chunks that the bootstrap has no digests for (zran, batches, encrypted ones).
+package prove
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/zeebo/blake3"
+	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/chunkmap"
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
+)
+
+var (
+	// ErrIncomplete says that the cache lacks something of the image, or that somebody
+	// has just written to it: it may be proven later.
+	ErrIncomplete = errors.New("not complete in the cache")
+	// ErrWrong says that the cache has other data than the image.
+	ErrWrong = errors.New("the cache has other data than the image")
+)
+
+const (
+	// settled is how long nobody may have written to a file that is proven: a change
+	// within the same tick of the kernel's clock would not show in its times.
+	settled = 2 * time.Second
+	// maxChunks bounds how many chunks an image may have that is proven: each takes 56
+	// bytes of memory.
+	maxChunks = 4 << 20
+	// maxBootstrap bounds a bootstrap in bytes, as pkg/instance does.
+	maxBootstrap = 1 << 30
+)
+
+// Prover proves images. The zero value reads as fast as it can.
+type Prover struct {
+	// Rate bounds how many bytes a second are read; nil for no bound. Its burst is at
+	// least rafs.MaxChunkSize.
+	Rate *rate.Limiter
+	// Now is the clock; nil for the real one.
+	Now func() time.Time
+	// Step, when set, is called before each step that changes or compares something, for
+	// tests that end there.
+	Step func(name string)
+}
+
+// NewRate is a bound of so many bytes a second for Prover.
+func NewRate(bytesPerSecond int) *rate.Limiter {
+	return rate.NewLimiter(rate.Limit(bytesPerSecond), max(bytesPerSecond, rafs.MaxChunkSize))
+}
+
+func (p *Prover) step(name string) {
+	if p.Step != nil {
+		p.Step(name)
+	}
+}
+
+// Prove proves the image of a bootstrap, of the digest given, in its cache directory, unless
+// it is proven already: done is false then. The error wraps ErrIncomplete when it may be possible later, ErrWrong
+// when what the cache has is wrong, and proof.ErrNotProven when it can never be.
+func (p *Prover) Prove(ctx context.Context, cacheDir, bootstrap, digest string) (done bool, err error) {
+	if done, err = p.prove(ctx, cacheDir, bootstrap, digest); err != nil {
+		return false, fmt.Errorf("prove that the image is in the cache directory %s: %w", cacheDir, err)
+	}
+	return done, nil
+}
+
+func (p *Prover) prove(ctx context.Context, cacheDir, path, digest string) (done bool, err error) {
+	if proof.Path(cacheDir, digest) == "" {
+		return false, fmt.Errorf("%w: bootstrap digest %.80q is not sha256: and 64 lowercase hex digits", proof.ErrNotProven, digest)
+	}
+	f, size, err := openBootstrap(path)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	b, err := rafs.Open(f, size)
+	if err != nil {
+		return false, fmt.Errorf("read bootstrap: %w", err)
+	}
+	if Valid(cacheDir, digest, b) {
+		return false, nil
+	}
+	if err := proof.Suitable(b); err != nil {
+		return false, err
+	}
+	if err := present(cacheDir, b); err != nil {
+		return false, err
+	}
+	if err := checkDigest(io.NewSectionReader(f, 0, size), digest); err != nil {
+		return false, err
+	}
+	tables, err := rafs.Chunks(f, size, maxChunks)
+	if err != nil {
+		return false, err
+	}
+	rec := proof.New(digest, []proof.Blob{})
+	for i := range tables {
+		file, err := p.blob(ctx, cacheDir, &tables[i])
+		if err != nil {
+			return false, fmt.Errorf("blob %s: %w", tables[i].Blob.ID, err)
+		}
+		rec.Blobs = append(rec.Blobs, proof.Blob{ID: tables[i].Blob.ID, File: file})
+	}
+	if err := p.write(cacheDir, rec); err != nil {
+		return false, err
+	}
+	return true, nil
+}
+
+// Valid tells whether there is a proof that holds.
+func Valid(cacheDir, digest string, b *rafs.Bootstrap) bool {
+	proven, err := proof.Open(cacheDir, digest, b)
+	if err != nil {
+		return false
+	}
+	return proven.Close() == nil
+}
+
+func openBootstrap(path string) (*os.File, int64, error) {
+	f, err := os.OpenFile(filepath.Clean(path), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, 0, fmt.Errorf("open bootstrap: %w", err)
+	}
+	info, err := f.Stat()
+	if err == nil && (!info.Mode().IsRegular() || info.Size() > maxBootstrap) {
+		err = fmt.Errorf("open bootstrap: %s is no regular file of at most %d bytes", path, maxBootstrap)
+	}
+	if err != nil {
+		return nil, 0, errors.Join(err, f.Close())
+	}
+	return f, info.Size(), nil
+}
+
+// present tells whether nydusd has everything, by its own word. It reads no data.
+func present(cacheDir string, b *rafs.Bootstrap) error {
+	for i := range b.Blobs {
+		blob := &b.Blobs[i]
+		m, err := chunkmap.Open(cacheDir, blob.ID, blob.ChunkCount)
+		if errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("%w: %w", ErrIncomplete, err)
+		}
+		if err != nil {
+			return err
+		}
+		if !m.Complete() {
+			return fmt.Errorf("%w: blob %s has %d of %d chunks", ErrIncomplete, blob.ID, m.Ready(), m.Len())
+		}
+	}
+	return nil
+}
+
+func checkDigest(r io.Reader, want string) error {
+	h := sha256.New()
+	if _, err := io.Copy(h, r); err != nil {
+		return fmt.Errorf("read bootstrap: %w", err)
+	}
+	if got := "sha256:" + hex.EncodeToString(h.Sum(nil)); got != want {
+		return fmt.Errorf("%w: the bootstrap has digest %s, expected %s", ErrWrong, got, want)
+	}
+	return nil
+}
+
+// blob compares one blob's data.
+func (p *Prover) blob(ctx context.Context, cacheDir string, t *rafs.ChunkTable) (proof.File, error) {
+	var none proof.File
+	if t.Opaque > 0 {
+		return none, fmt.Errorf("%w: the bootstrap has no digests for %d of its chunks", proof.ErrNotProven, t.Opaque)
+	}
+	f, err := os.OpenFile(filepath.Join(cacheDir, proof.DataName(t.Blob.ID)), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return none, fmt.Errorf("%w: %w", ErrIncomplete, err)
+	}
+	defer f.Close()
+	before, err := proof.Stat(f)
+	if err != nil {
+		return none, err
+	}
+	if want := proof.Size(&t.Blob); before.Size != want {
+		return none, fmt.Errorf("%w: %s has %d bytes, want %d", ErrWrong, f.Name(), before.Size, want)
+	}
+	if err := p.settle(before); err != nil {
+		return none, err
+	}
+	p.step("sync data")
+	if err := f.Sync(); err != nil {
+		return none, fmt.Errorf("sync: %w", err)
+	}
+	// What is in memory only because it was just written is to be read from the disk.
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		return none, fmt.Errorf("drop from memory: %w", err)
+	}
+	p.step("compare")
+	if err := p.compare(ctx, f, t); err != nil {
+		return none, err
+	}
+	after, err := proof.Stat(f)
+	if err == nil && after != before {
+		err = fmt.Errorf("%w: somebody writes to %s", ErrIncomplete, f.Name())
+	}
+	return after, err
+}
+
+func (p *Prover) settle(f proof.File) error {
+	now := time.Now
+	if p.Now != nil {
+		now = p.Now
+	}
+	latest := max(f.Mtime, f.Change)
+	if ago := now().Sub(time.Unix(0, latest)); ago < settled {
+		return fmt.Errorf("%w: it was written to %s ago", ErrIncomplete, ago)
+	}
+	return nil
+}
+
+// compare reads all chunks that the bootstrap knows.
+func (p *Prover) compare(ctx context.Context, f *os.File, t *rafs.ChunkTable) error {
+	buf := make([]byte, 0, t.Blob.ChunkSize)
+	for i := range t.Len() {
+		c := t.At(i)
+		if p.Rate != nil {
+			if err := p.Rate.WaitN(ctx, int(c.RawSize)); err != nil {
+				return err
+			}
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if cap(buf) < int(c.RawSize) {
+			buf = make([]byte, c.RawSize)
+		}
+		buf = buf[:c.RawSize]
+		if _, err := f.ReadAt(buf, int64(c.RawOffset)); err != nil {
+			if errors.Is(err, io.EOF) {
+				err = fmt.Errorf("%w: it ends before", ErrWrong)
+			}
+			return fmt.Errorf("read %d bytes at %d: %w", c.RawSize, c.RawOffset, err)
+		}
+		ok, err := matches(t.Blob.Digester, c.Digest, buf)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			return fmt.Errorf("%w: chunk %d, %d bytes at %d, has another digest", ErrWrong, c.Index, c.RawSize, c.RawOffset)
+		}
+	}
+	return nil
+}
+
+func matches(by rafs.Digester, want [32]byte, data []byte) (bool, error) {
+	switch by {
+	case rafs.DigesterBlake3:
+		return blake3.Sum256(data) == want, nil
+	case rafs.DigesterSHA256:
+		return sha256.Sum256(data) == want, nil
+	}
+	return false, fmt.Errorf("%w: digests by %s are unknown", proof.ErrNotProven, by)
+}
+
+// write makes the proof, and what makes it last.
+func (p *Prover) write(cacheDir string, rec proof.Record) (err error) {
+	text, err := json.Marshal(rec)
+	if err != nil {
+		return err
+	}
+	p.step("create proof")
+	path := proof.Path(cacheDir, rec.Bootstrap)
+	f, err := os.CreateTemp(cacheDir, temporary+"*")
+	if err != nil {
+		return fmt.Errorf("write proof: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("write proof: %w", err), os.Remove(f.Name()))
+		}
+	}()
+	p.step("write proof")
+	_, err = io.Copy(f, bytes.NewReader(text))
+	p.step("sync proof")
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	p.step("rename proof")
+	if err = os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	p.step("sync directory")
+	if err := syncDir(cacheDir); err != nil {
+		return fmt.Errorf("write proof: %w", err)
+	}
+	return nil
+}
+
+// temporary begins the names of proofs that are being written.
+const temporary = ".proof-"
+
+func syncDir(path string) error {
+	d, err := os.Open(filepath.Clean(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// Tidy removes what provers left that were killed. No other may run on the directory.
+func Tidy(cacheDir string) error {
+	entries, err := os.ReadDir(cacheDir)
+	if err != nil {
+		return fmt.Errorf("tidy the cache directory: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), temporary) {
+			errs = append(errs, os.Remove(filepath.Join(cacheDir, e.Name())))
+		}
+	}
+	return errors.Join(errs...)
+}

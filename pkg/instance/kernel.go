@@ -1,0 +1,124 @@
+package instance
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
+)
+
+// An image whose blobs are proven to be complete needs no daemon: the kernel's EROFS reads
+// them. Such a generation has a mountpoint and users as any other; what it lacks is a
+// process, a socket and a log of one.
+
+// Daemonless tells whether the kernel serves the generation by itself: there is no process
+// to look for, and none that could end, hang or be succeeded.
+func (g *Generation) Daemonless() bool { return g.Driver == mountspec.DriverEROFS }
+
+// driver is how the generation is served.
+func (g *Generation) driver() mountspec.Driver {
+	if g.Driver == "" {
+		return mountspec.DriverFUSE
+	}
+	return g.Driver
+}
+
+// mountProven brings up the next generation without a daemon, or leaves nothing. The error
+// wraps proof.ErrNotProven when the cache is the reason.
+func (i *Instance) mountProven(ctx context.Context, s Spec) error {
+	l := &launch{spec: s, inst: i}
+	defer l.release()
+	if err := l.makeDisk(); err != nil {
+		return err
+	}
+	// Most images that are not proven have no proof at all.
+	if _, err := proof.Read(s.CacheDir, s.BootstrapDigest); err != nil {
+		return err
+	}
+	n := i.rec.Last + 1
+	dir := i.dir.gen(n)
+	l.gen = Generation{Number: n, Mountpoint: dir.mountpoint(), Driver: mountspec.DriverEROFS, Source: l.disk.bootstrap(), Started: time.Now().UTC(), Alone: s.Alone}
+	if err := l.withoutDaemon(ctx); err != nil {
+		return errors.Join(err, l.undo())
+	}
+	return nil
+}
+
+// withoutDaemon mounts the image through the kernel.
+func (l *launch) withoutDaemon(ctx context.Context) error {
+	s := l.spec
+	var err error
+	if l.digest, err = linkBootstrap(s, l.disk.bootstrap()); err != nil {
+		return err
+	}
+	head, err := readHead(l.disk.bootstrap())
+	if err != nil {
+		return err
+	}
+	proven, err := proof.Open(s.CacheDir, s.BootstrapDigest, head)
+	if err != nil {
+		return err
+	}
+	defer proven.Close()
+	if err := l.begin(""); err != nil {
+		return err
+	}
+	// The kernel is given no metadata that is not the image's.
+	if err := l.checked(ctx); err != nil {
+		return err
+	}
+	if err := rootfs.EROFS(l.gen.Mountpoint, l.disk.bootstrap(), proven.Files); err != nil {
+		return err
+	}
+	if err := ask(l.gen.Mountpoint); err != nil {
+		return fmt.Errorf("look into the image: %w", err)
+	}
+	// Whoever has written meanwhile may not have been right.
+	if err := proven.Check(); err != nil {
+		return err
+	}
+	m, ok, err := rootfs.Lookup(l.gen.Mountpoint)
+	if err == nil && (!ok || m.Type != rootfs.TypeEROFS) {
+		err = fmt.Errorf("%s is not what was just mounted there", l.gen.Mountpoint)
+	}
+	if err != nil {
+		return err
+	}
+	l.gen.Dev, l.gen.Ready = m.Dev, true
+	l.inst.rec.Driver = mountspec.DriverEROFS
+	return l.inst.write()
+}
+
+func readHead(path string) (*rafs.Bootstrap, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open bootstrap: %w", err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("open bootstrap: %w", err)
+	}
+	head, err := rafs.Open(f, info.Size())
+	if err != nil {
+		return nil, fmt.Errorf("bootstrap %s: %w", path, err)
+	}
+	return head, nil
+}
+
+// outlived tells whether a generation's filesystem is gone although its device number is in
+// use: a newer generation has got it.
+func (i *Instance) outlived(g *Generation) bool {
+	for _, other := range i.rec.Generations() {
+		if other.Number > g.Number && other.Dev == g.Dev {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,84 @@
+package instance
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
+)
+
+// A device number is used again once its filesystem is gone: what is mounted with it then
+// is not the generation's.
+func TestDaemonlessHolds(t *testing.T) {
+	g := Generation{Driver: mountspec.DriverEROFS, Dev: "0:77", Source: "/r/instances/a/bootstrap", Mountpoint: "/run/i/a/g1/mnt"}
+	mine := rootfs.Mount{Target: "/x", Root: "/", Type: rootfs.TypeEROFS, Dev: "0:77", Source: g.Source}
+	if !g.holds(mine) {
+		t.Error("its own mount does not count")
+	}
+	for what, change := range map[string]func(*rootfs.Mount){
+		"another number":  func(m *rootfs.Mount) { m.Dev = "0:78" },
+		"another type":    func(m *rootfs.Mount) { m.Type = "overlay" },
+		"another image's": func(m *rootfs.Mount) { m.Source = "/r/instances/b/bootstrap" },
+	} {
+		m := mine
+		change(&m)
+		if g.holds(m) {
+			t.Errorf("%s counts", what)
+		}
+	}
+}
+
+func TestDaemonlessStates(t *testing.T) {
+	r, _ := newTestReconciler(t, 0)
+	d := dirOf(r.cfg.RunDir, testKey)
+	g := Generation{Number: 1, Ready: true, Driver: mountspec.DriverEROFS, Dev: "0:77", Source: "/b", Mountpoint: d.gen(1).mountpoint()}
+	own := rootfs.Mount{Target: g.Mountpoint, Root: "/", Type: rootfs.TypeEROFS, Dev: "0:77", Source: "/b"}
+	bind := own
+	bind.Target = "/somewhere"
+	for _, c := range []struct {
+		table   rootfs.Table
+		current bool
+		want    State
+	}{
+		{nil, true, StateDead},
+		{rootfs.Table{own}, true, StateIdle},
+		{rootfs.Table{own, bind}, true, StateServing},
+		{rootfs.Table{bind}, false, StateRetired},
+		{nil, false, StateDead},
+	} {
+		rec := &Record{Key: testKey, Retired: []Generation{g}}
+		if c.current {
+			rec = &Record{Key: testKey, Current: &g}
+		}
+		list, err := statusOf(d, rec, indexOf(c.table))
+		must(t, err)
+		if len(list) != 1 || list[0].State != c.want || list[0].Driver != mountspec.DriverEROFS || list[0].PID != 0 {
+			t.Errorf("mounted %v: %+v, want %s", c.table, list, c.want)
+		}
+	}
+}
+
+// A retired generation ends although its number, type and source are a newer one's.
+func TestDaemonlessOutlived(t *testing.T) {
+	r, _ := newTestReconciler(t, 0)
+	d := dirOf(r.cfg.RunDir, testKey)
+	i := mustOpen(t, d, openCreate)
+	defer i.Close()
+	old := Generation{Number: 1, Ready: true, Driver: mountspec.DriverEROFS, Dev: "0:77", Mountpoint: d.gen(1).mountpoint()}
+	now := old
+	now.Number, now.Mountpoint = 2, d.gen(2).mountpoint()
+	i.rec.Current, i.rec.Retired = &now, []Generation{old}
+	if !i.outlived(&old) || i.outlived(&now) {
+		t.Errorf("outlived: the old one %t, the new one %t", i.outlived(&old), i.outlived(&now))
+	}
+	must(t, os.MkdirAll(filepath.Dir(old.Mountpoint), 0o700))
+	must(t, i.sweep())
+	if len(i.rec.Retired) > 0 || i.rec.Current == nil {
+		t.Errorf("after a sweep: %+v", i.rec)
+	}
+	if _, err := os.Stat(filepath.Dir(old.Mountpoint)); err == nil {
+		t.Error("its directory is left")
+	}
+}
