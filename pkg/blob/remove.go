@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 )
 
 // errStopped marks what a test's step returned.
@@ -17,6 +19,8 @@ var errStopped = errors.New("stopped")
 type removal struct {
 	dir  *os.File
 	step func(what, path string) error
+	// proofs says that some may name these blobs.
+	proofs bool
 
 	list []*held
 	busy int
@@ -74,10 +78,13 @@ func (r *removal) lease(name string) (*os.File, error) {
 	return f, nil
 }
 
-// run removes what was added: all maps, then, once that is on the disk, the rest.
+// run removes what was added: proofs and all maps, then, once that is on the disk, the rest.
 func (r *removal) run() error {
 	if len(r.list) == 0 {
 		return nil
+	}
+	if err := r.disprove(); err != nil {
+		return err
 	}
 	for _, h := range r.list {
 		for _, f := range h.maps {
@@ -100,6 +107,20 @@ func (r *removal) run() error {
 			}
 		}
 		r.done = append(r.done, h.cached)
+	}
+	return nil
+}
+
+// disprove removes the proofs of images that have one of the blobs. Nobody would believe
+// them, since they name inodes; but nothing else would remove them.
+func (r *removal) disprove() error {
+	if !r.proofs {
+		return nil
+	}
+	for _, h := range r.list {
+		if err := r.do("disprove", h.id, func() error { return proof.Remove(r.dir.Name(), h.id) }); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 )
 
 // kind says what one of a blob's files is, in the order in which they are removed.
@@ -96,6 +98,8 @@ type directory struct {
 	host, repository string
 	blobs            []*cached
 	unknown          []string
+	// proofs says that there are proofs of images, which go before the blobs do.
+	proofs bool
 }
 
 // scan lists the directories below root/cache.
@@ -129,7 +133,7 @@ func scanCache(root, path string) ([]*directory, error) {
 		d.host, d.repository = origin.Host, origin.Repository
 	}
 	private, err := d.read(func(e fs.DirEntry) bool {
-		return e.Name() == "origin.json" || strings.HasPrefix(e.Name(), ".new-")
+		return e.Name() == "origin.json" || strings.HasPrefix(e.Name(), ".new-") || d.proof(e.Name())
 	})
 	list := []*directory{d}
 	if err != nil || !slices.Contains(private, "private") {
@@ -173,6 +177,14 @@ func (d *directory) scanPrivate(root string) ([]*directory, error) {
 		}
 	}
 	return list, errors.Join(errs...)
+}
+
+// proof tells whether a file is a proof that an image is complete, or one that is being
+// written, and notes that there are any.
+func (d *directory) proof(name string) bool {
+	is := proof.Is(name)
+	d.proofs = d.proofs || is
+	return is
 }
 
 func (d *directory) join(names []string) []string {

@@ -321,7 +321,7 @@ func (w *sweep) locked(ctx context.Context, j *job, list []*cached) error {
 		return err
 	}
 	defer dir.Close()
-	r := &removal{dir: dir, step: w.o.step}
+	r := &removal{dir: dir, step: w.o.step, proofs: d.proofs}
 	defer r.close()
 	for _, b := range list {
 		if now.of(d, b.id).living() {

@@ -2,6 +2,7 @@ package blob
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -14,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 )
@@ -613,4 +615,50 @@ func spentCPU(b *testing.B) time.Duration {
 		b.Fatal(err)
 	}
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// A proof that names a blob goes before the blob does; others, and half-written ones, are
+// neither removed nor unknown.
+func TestProofsGoWithTheirBlobs(t *testing.T) {
+	b := newBed(t)
+	dir := b.dir("a")
+	kept, gone := idOf(1), idOf(2)
+	b.image("a", bootstrap(kept))
+	b.blob(dir, kept, chunks, 1)
+	b.blob(dir, gone, chunks, 1)
+	record := func(n int, blobs ...string) string {
+		digest := "sha256:" + idOf(n)
+		r := proof.New(digest, nil)
+		for _, id := range blobs {
+			r.Blobs = append(r.Blobs, proof.Blob{ID: id})
+		}
+		text, err := json.Marshal(r)
+		b.must(err)
+		path := proof.Path(dir, digest)
+		b.write(path, text)
+		return path
+	}
+	stays, goes := record(11, kept), record(12, kept, gone)
+	b.write(filepath.Join(dir, proof.Temporary+"1"), nil)
+	// Killed before its first file is gone, it has left no proof of a blob that is not there.
+	o := b.options()
+	o.step = func(what, _ string) error {
+		if what == "cut" || what == "remove" {
+			return errors.New("killed")
+		}
+		return nil
+	}
+	if _, err := New(o).Sweep(t.Context(), false); err == nil {
+		t.Error("the sweep was not stopped")
+	}
+	if _, err := os.Lstat(goes); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the proof is still there when its blob begins to go: %v", err)
+	}
+	r := b.sweep(b.options())
+	if len(r.Unknown) > 0 || len(r.Removed) != 1 || r.Removed[0].ID != gone {
+		t.Errorf("%+v", r)
+	}
+	if _, err := os.Lstat(stays); err != nil {
+		t.Errorf("the proof of what is still there: %v", err)
+	}
 }

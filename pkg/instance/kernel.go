@@ -61,14 +61,17 @@ func (l *launch) withoutDaemon(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := l.begin(""); err != nil {
+		return err
+	}
+	if err := l.passCache(ctx); err != nil {
+		return err
+	}
 	proven, err := proof.Open(s.CacheDir, s.BootstrapDigest, head)
 	if err != nil {
 		return err
 	}
 	defer proven.Close()
-	if err := l.begin(""); err != nil {
-		return err
-	}
 	// The kernel is given no metadata that is not the image's.
 	if err := l.checked(ctx); err != nil {
 		return err

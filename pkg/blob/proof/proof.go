@@ -44,8 +44,9 @@ var ErrNotProven = errors.New("not proven")
 const (
 	// version is the version of a proof.
 	version = 1
-	// Suffix ends the names of proofs.
-	Suffix = ".proven"
+	// Suffix ends the names of proofs, Temporary begins those of ones that are being written.
+	Suffix    = ".proven"
+	Temporary = ".proof-"
 	// maxSize bounds a proof in bytes: as many blobs as an image can have take less.
 	maxSize = 4 << 20
 	// blockSize is that of the kernel's device slots, in bytes.
@@ -84,6 +85,12 @@ func Path(cacheDir, bootstrap string) string {
 		return ""
 	}
 	return filepath.Join(cacheDir, hex+Suffix)
+}
+
+// Is tells whether a name in a cache directory is that of a proof, or of one that is being
+// written.
+func Is(name string) bool {
+	return strings.HasSuffix(name, Suffix) || strings.HasPrefix(name, Temporary)
 }
 
 // DataName is the name of a blob's data in a cache directory, uncompressed as nydusd keeps

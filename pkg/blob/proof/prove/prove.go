@@ -292,7 +292,7 @@ func (p *Prover) write(cacheDir string, rec proof.Record) (err error) {
 	}
 	p.step("create proof")
 	path := proof.Path(cacheDir, rec.Bootstrap)
-	f, err := os.CreateTemp(cacheDir, temporary+"*")
+	f, err := os.CreateTemp(cacheDir, proof.Temporary+"*")
 	if err != nil {
 		return fmt.Errorf("write proof: %w", err)
 	}
@@ -318,9 +318,6 @@ func (p *Prover) write(cacheDir string, rec proof.Record) (err error) {
 	return nil
 }
 
-// temporary begins the names of proofs that are being written.
-const temporary = ".proof-"
-
 func syncDir(path string) error {
 	d, err := os.Open(filepath.Clean(path))
 	if err != nil {
@@ -337,7 +334,7 @@ func Tidy(cacheDir string) error {
 	}
 	var errs []error
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), temporary) {
+		if strings.HasPrefix(e.Name(), proof.Temporary) {
 			errs = append(errs, os.Remove(filepath.Join(cacheDir, e.Name())))
 		}
 	}

@@ -264,7 +264,7 @@ func TestKilled(t *testing.T) {
 		must(t, prove(t, im))
 		must(t, proven(t, im))
 		must(t, Tidy(im.CacheDir))
-		if left, _ := filepath.Glob(filepath.Join(im.CacheDir, temporary+"*")); len(left) > 0 {
+		if left, _ := filepath.Glob(filepath.Join(im.CacheDir, proof.Temporary+"*")); len(left) > 0 {
 			t.Errorf("killed before %q: %q is left", last, left)
 		}
 		must(t, proven(t, im))
