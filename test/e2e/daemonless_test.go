@@ -92,6 +92,11 @@ func TestDaemonless(t *testing.T) {
 		if err != nil || !strings.Contains(string(ps), "erofs") || !strings.Contains(string(ps), "serving") {
 			t.Errorf("ps says (%v):\n%s", err, ps)
 		}
+		// Nobody misses a daemon.
+		log, err := os.ReadFile(n.SnapshotterLog())
+		if err != nil || strings.Contains(string(log), "event=death") {
+			t.Errorf("the snapshotter says that a daemon has died (%v):\n%s", err, log)
+		}
 		remove(t, c)
 		exec(t, other, "busybox", "cat", "/odd/sizes/4097")
 		remove(t, other)

@@ -119,6 +119,7 @@ func TestDaemonless(t *testing.T) {
 
 		// Released while a bind of the image is left: that goes on, and is told.
 		must(t, instance.Retire(t.Context(), runDir, s.Instance, e.record().Current.Number))
+		instance.Sweep(t.Context(), runDir)
 		e.holds(img, third)
 		if got := e.served(mountspec.DriverEROFS); got.State != instance.StateRetired || got.Mounts != 1 {
 			t.Errorf("%s, released: %+v", driver, got)
@@ -359,7 +360,12 @@ func TestWrittenDuringTheMount(t *testing.T) {
 			if c.after != nil && driver == mountspec.DriverAuto {
 				continue // a daemon would read the wrong file
 			}
-			struck, status, err := trace{calls: []uint64{c.before}, n: 1, strike: c.strike}.run(k.helper())
+			said, err := os.Create(filepath.Join(t.TempDir(), "said"))
+			must(t, err)
+			helper := k.helper()
+			helper.Stdout, helper.Stderr = said, said
+			struck, status, err := trace{calls: []uint64{c.before}, n: 1, strike: c.strike}.run(helper)
+			must(t, said.Close())
 			if c.after != nil {
 				must(t, c.after())
 			}
@@ -367,8 +373,9 @@ func TestWrittenDuringTheMount(t *testing.T) {
 				t.Fatalf("%s: struck %t, %v", c.name, struck, err)
 			}
 			if driver == mountspec.DriverEROFS {
-				if status.ExitStatus() == 0 {
-					t.Errorf("%s: it is mounted", c.name)
+				text, err := os.ReadFile(said.Name())
+				if err != nil || status.ExitStatus() == 0 || !strings.Contains(string(text), "is no longer the file that was compared") {
+					t.Errorf("%s: exit status %d: %s (%v)", c.name, status.ExitStatus(), text, err)
 				}
 				if m := mounted(t, k.target); len(m) > 0 {
 					t.Errorf("%s: %q is left", c.name, m)

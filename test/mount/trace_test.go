@@ -57,7 +57,7 @@ func (tr trace) run(cmd *exec.Cmd) (struck bool, status unix.WaitStatus, err err
 			if err != nil {
 				return false, status, err
 			}
-			if seen > 0 && slices.Contains(tr.calls, call) || seen == 0 && (call == tr.from || tr.from == 0 && slices.Contains(tr.calls, call)) {
+			if seen > 0 && slices.Contains(tr.calls, call) || seen == 0 && (tr.from != 0 && call == tr.from || tr.from == 0 && slices.Contains(tr.calls, call)) {
 				seen++
 			}
 			if struck = seen == tr.n; struck {
