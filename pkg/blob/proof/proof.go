@@ -44,8 +44,9 @@ var ErrNotProven = errors.New("not proven")
 const (
 	// version is the version of a proof.
 	version = 1
-	// Suffix ends the names of proofs, Temporary begins those of ones that are being written.
-	Suffix    = ".proven"
+	// Suffix ends the names of proofs.
+	Suffix = ".proven"
+	// Temporary begins the names of proofs that are being written.
 	Temporary = ".proof-"
 	// maxSize bounds a proof in bytes: as many blobs as an image can have take less.
 	maxSize = 4 << 20
