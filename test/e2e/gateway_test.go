@@ -88,6 +88,9 @@ func TestGateway(t *testing.T) {
 // nothing is cached of are started and read.
 func TestGatewayKilled(t *testing.T) {
 	const kills, images = 50, 10
+	// A gateway lives for so long at least, and there is an end: who is killed as soon as it
+	// listens can serve nobody.
+	const life, most = 100 * time.Millisecond, 10 * kills
 	r := kit.NewRegistry(t, kit.RegistryOptions{})
 	g := managed24.newGateway(t, map[string]any{"remote.gateway": "always"})
 	var pulled []containerd.Image
@@ -104,18 +107,21 @@ func TestGatewayKilled(t *testing.T) {
 		}
 		read <- err
 	}()
-	tick := time.NewTicker(100 * time.Millisecond)
-	defer tick.Stop()
+	alive := time.NewTimer(life)
+	defer alive.Stop()
 	killed := 0
 	var err error
-	for done := false; !done; killed++ {
+	for done := false; !done; {
 		select {
-		case <-tick.C:
+		case <-alive.C:
+			g.end(unix.SIGKILL)
+			g.start()
+			if killed++; killed < most {
+				alive.Reset(life)
+			}
 		case err = <-read:
 			done = true
 		}
-		g.end(unix.SIGKILL)
-		g.start()
 	}
 	if err != nil || killed < kills {
 		t.Errorf("with %d kills, want %d at least: %v", killed, kills, err)

@@ -121,7 +121,8 @@ func TestForeignBytes(t *testing.T) {
 				if where == "host" {
 					away, repo = kit.NewRegistry(t, kit.RegistryOptions{}), "good"
 				}
-				n := newNode(t, kit.NodeConfig{Style: style})
+				// With validation nydusd would notice.
+				n := newNode(t, kit.NodeConfig{Style: style, Config: map[string]any{"daemon.validate": false}})
 				good := nydusImage(t, "good")
 				evil := copyOf(t, good, "evil")
 				ref := home.MustPush(t, good, "good:1")
