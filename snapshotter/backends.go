@@ -42,17 +42,39 @@ func (b backends) Backend(ctx context.Context, ref, wanted string) (snapshot.Bac
 		return snapshot.Backend{}, err
 	}
 	var out snapshot.Backend
+	out.Host, out.Repository, err = origin(rule, ref)
 	switch {
-	case rule == nil:
-		return b.registry(ctx, ref)
-	case rule.Type == config.BackendRegistry:
-		out, err = b.registry(ctx, ref)
+	case err != nil:
+	case rule == nil || rule.Type == config.BackendRegistry:
+		out, err = b.registry(ctx, ref, out)
 	case rule.Type == config.BackendLocalFS:
-		out = snapshot.Backend{Repository: rule.Dir, Config: b.rendered(nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: rule.Dir})}
+		out.Config = b.rendered(nydusd.Backend{Type: nydusd.BackendLocalFS, Dir: rule.Dir})
 	default:
-		out, err = b.bucket(*rule)
+		out.Config, out.Credentials = b.rendered(bucket(*rule)), opened(*rule)
+	}
+	if rule == nil {
+		return out, err
 	}
 	return named(out, err, ref, rule.Name)
+}
+
+// origin is what names the cache directory of an image with a rule, or without any: images
+// that share it share their blobs. Of a registry's it is the image's own host, whoever
+// serves it, and of a bucket's what mount.nydus takes from such a configuration.
+func origin(rule *config.Backend, ref string) (host, repository string, err error) {
+	switch {
+	case rule == nil || rule.Type == config.BackendRegistry:
+		own, err := registry.Hosts{}.Resolve(ref)
+		return own.Host, own.Repository, err
+	case rule.Type == config.BackendLocalFS:
+		return "", rule.Dir, nil
+	}
+	text, err := nydusd.Config{Backend: bucket(*rule)}.FuseDev()
+	if err != nil {
+		return "", "", err
+	}
+	at, err := nydusd.OriginOf(text)
+	return at.Host, at.Repository, err
 }
 
 // named makes errors tell which rule they are about. Of which image, tells who asks for
@@ -123,35 +145,27 @@ func allowed(r *config.Backend, ref, host, repository string) error {
 	return nil
 }
 
-// bucket is a backend of objects. What makes it the same one for two images is what
-// mount.nydus takes from such a configuration.
-func (b backends) bucket(r config.Backend) (snapshot.Backend, error) {
+// bucket is a backend of objects.
+func bucket(r config.Backend) nydusd.Backend {
 	kind := nydusd.BackendS3
 	if r.Type == config.BackendOSS {
 		kind = nydusd.BackendOSS
 	}
-	backend := nydusd.Backend{
+	return nydusd.Backend{
 		Type: kind, Scheme: cmp.Or(r.Scheme, "https"), SkipVerify: r.SkipVerify,
 		Bucket: nydusd.Bucket{Endpoint: r.Endpoint, Region: r.Region, Name: r.BucketName, Prefix: r.ObjectPrefix},
 	}
-	text, err := nydusd.Config{Backend: backend}.FuseDev()
-	if err != nil {
-		return snapshot.Backend{}, err
+}
+
+// opened finds what opens a bucket.
+func opened(r config.Backend) func(context.Context, string) (*mountspec.Credentials, error) {
+	return func(context.Context, string) (*mountspec.Credentials, error) {
+		key, err := accessKey(r)
+		if err != nil {
+			return nil, err
+		}
+		return &mountspec.Credentials{AccessKeyID: key.ID, AccessKeySecret: key.Secret}, nil
 	}
-	origin, err := nydusd.OriginOf(text)
-	if err != nil {
-		return snapshot.Backend{}, err
-	}
-	return snapshot.Backend{
-		Repository: origin.Repository, Config: b.rendered(backend),
-		Credentials: func(context.Context, string) (*mountspec.Credentials, error) {
-			key, err := accessKey(r)
-			if err != nil {
-				return nil, err
-			}
-			return &mountspec.Credentials{AccessKeyID: key.ID, AccessKeySecret: key.Secret}, nil
-		},
-	}, nil
 }
 
 // accessKey reads what opens a bucket.
@@ -163,14 +177,8 @@ func accessKey(r config.Backend) (accesskey.Key, error) {
 	return accesskey.Read(r.CredentialsFile, format, r.Profile)
 }
 
-// registry is the backend of images that are read from where they were pulled from.
-func (b backends) registry(ctx context.Context, ref string) (snapshot.Backend, error) {
-	// The image's own host, whoever serves it: blobs that are cached are the same.
-	own, err := registry.Hosts{}.Resolve(ref)
-	if err != nil {
-		return snapshot.Backend{}, err
-	}
-	out := snapshot.Backend{Host: own.Host, Repository: own.Repository}
+// registry completes the backend of images that are read from where they were pulled from.
+func (b backends) registry(ctx context.Context, ref string, out snapshot.Backend) (snapshot.Backend, error) {
 	route, err := b.endpoints.Route(ctx, ref)
 	if err != nil {
 		return out, err

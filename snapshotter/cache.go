@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -17,7 +16,6 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob"
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
-	"github.com/nydusfs/nydus-snapshotter/pkg/registry"
 	"github.com/nydusfs/nydus-snapshotter/pkg/snapshot"
 )
 
@@ -28,36 +26,25 @@ func newCache(cfg config.Config) (*blob.Cache, error) {
 		return nil, err
 	}
 	return blob.New(blob.Options{
-		Root: cfg.Root, RunDir: cfg.RunDir, Place: placer{cfg}.place, Grace: cfg.Cache.Grace,
+		Root: cfg.Root, RunDir: cfg.RunDir, Place: placed(cfg), Grace: cfg.Cache.Grace,
 		High: blob.Mark(high), Low: blob.Mark(low), Now: time.Now, Log: slog.Default(),
 	}), nil
 }
 
-// placer tells where an image's blobs are cached, as backends does for a mount, but without
+// placed tells where an image's blobs are cached, as backends does for a mount, but without
 // asking how they are reached.
-type placer struct{ config.Config }
-
-func (p placer) place(_ context.Context, ref, wanted string) (string, error) {
-	rule, err := selectRule(p.Backends, ref, wanted)
-	if err != nil {
-		return "", err
-	}
-	var b snapshot.Backend
-	switch {
-	case rule == nil || rule.Type == config.BackendRegistry:
-		own, err := registry.Hosts{}.Resolve(ref)
+func placed(cfg config.Config) func(ctx context.Context, ref, wanted string) (string, error) {
+	return func(_ context.Context, ref, wanted string) (string, error) {
+		rule, err := selectRule(cfg.Backends, ref, wanted)
 		if err != nil {
 			return "", err
 		}
-		b.Host, b.Repository = own.Host, own.Repository
-	case rule.Type == config.BackendLocalFS:
-		b.Repository = rule.Dir
-	default:
-		if b, err = (backends{}).bucket(*rule); err != nil {
+		host, repository, err := origin(rule, ref)
+		if err != nil {
 			return "", err
 		}
+		return mountspec.CacheDir(cfg.Root, host, repository), nil
 	}
-	return mountspec.CacheDir(p.Root, b.Host, b.Repository), nil
 }
 
 // sweeping has the cache swept after an image's layers were removed. Removing a
@@ -119,12 +106,6 @@ func cacheAction(run func(c *cli.Context, cache *blob.Cache, asJSON bool) error)
 	}
 }
 
-func writeJSON(w io.Writer, value any) error {
-	out := json.NewEncoder(w)
-	out.SetIndent("", "  ")
-	return out.Encode(value)
-}
-
 // listCache prints what can be read, and reports the rest.
 func listCache(c *cli.Context, cache *blob.Cache, asJSON bool) error {
 	list, unknown, err := cache.List(c.Context)
@@ -142,13 +123,13 @@ func printBlobs(w io.Writer, list []blob.Blob, now time.Time) error {
 	fmt.Fprintln(t, "BLOB\tREPOSITORY\tSIZE\tCOMPLETE\tMOUNTED\tLAST USE\tIMAGES")
 	for i := range list {
 		b := &list[i]
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", b.ID[:shortKey], origin(b), megabytes(b.Usage), complete(b),
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", b.ID[:shortKey], from(b), megabytes(b.Usage), complete(b),
 			dash(len(b.Instances) > 0, "yes"), age(now.Sub(b.LastUse)), dash(len(b.Images) > 0, strings.Join(b.Images, ",")))
 	}
 	return t.Flush()
 }
 
-func origin(b *blob.Blob) string {
+func from(b *blob.Blob) string {
 	return dash(b.Host+b.Repository != "", strings.TrimPrefix(b.Host+"/"+b.Repository, "/"))
 }
 
@@ -176,7 +157,7 @@ func printReport(w io.Writer, r blob.Report, dry bool) error {
 	did := map[bool][2]string{false: {"removed", "evicted"}, true: {"would remove", "would evict"}}[dry]
 	for i, list := range [][]blob.Blob{r.Removed, r.Evicted} {
 		for n := range list {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", did[i], list[n].ID[:shortKey], origin(&list[n]), megabytes(list[n].Usage))
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", did[i], list[n].ID[:shortKey], from(&list[n]), megabytes(list[n].Usage))
 		}
 	}
 	for _, path := range r.Unknown {
@@ -232,7 +213,7 @@ func printVerdicts(w io.Writer, list []blob.Verdict) error {
 	fmt.Fprintln(t, "BLOB\tREPOSITORY\tCHUNKS\tTHERE\tCHECKED\tBAD\tRESULT")
 	for i := range list {
 		v := &list[i]
-		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%d\t%s\n", v.ID[:shortKey], origin(&v.Blob), v.Chunks, v.Ready, v.Checked, v.Bad, result(v))
+		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%d\t%s\n", v.ID[:shortKey], from(&v.Blob), v.Chunks, v.Ready, v.Checked, v.Bad, result(v))
 	}
 	return t.Flush()
 }

@@ -34,11 +34,11 @@ func TestPlaceIsTheMountsPlace(t *testing.T) {
 		b, err := with.Backend(t.Context(), c[0], c[1])
 		must(t, err)
 		want := mountspec.CacheDir(cfg.Root, b.Host, b.Repository)
-		if got, err := (placer{cfg}).place(t.Context(), c[0], c[1]); got != want || err != nil {
+		if got, err := placed(cfg)(t.Context(), c[0], c[1]); got != want || err != nil {
 			t.Errorf("%s: %s, %v; want %s", c, got, err, want)
 		}
 	}
-	if dir, err := (placer{cfg}).place(t.Context(), "r.example/x:1", "gone"); err == nil {
+	if dir, err := placed(cfg)(t.Context(), "r.example/x:1", "gone"); err == nil {
 		t.Errorf("a backend that is not configured: %s", dir)
 	}
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -99,9 +98,7 @@ func printFaults(w io.Writer, name string, err error) error {
 	if errors.As(err, &all) {
 		faults = all.Faults
 	}
-	out := json.NewEncoder(w)
-	out.SetIndent("", "  ")
-	return out.Encode(struct {
+	return writeJSON(w, struct {
 		File   string         `json:"file"`
 		OK     bool           `json:"ok"`
 		Faults []config.Fault `json:"faults"`

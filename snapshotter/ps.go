@@ -183,10 +183,15 @@ func printKeys(w io.Writer, rows []row, _ time.Time) error {
 	return nil
 }
 
-func printJSON(w io.Writer, rows []row, _ time.Time) error {
+// writeJSON is how all commands print for programs.
+func writeJSON(w io.Writer, value any) error {
 	out := json.NewEncoder(w)
 	out.SetIndent("", "  ")
-	return out.Encode(append([]row{}, rows...))
+	return out.Encode(value)
+}
+
+func printJSON(w io.Writer, rows []row, _ time.Time) error {
+	return writeJSON(w, append([]row{}, rows...))
 }
 
 func printTable(w io.Writer, rows []row, now time.Time) error {

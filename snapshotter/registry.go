@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -129,9 +128,7 @@ func (o *checked) try(ctx context.Context, cfg config.Config, route registry.Rou
 
 func (o checked) print(w io.Writer, format string) error {
 	if format == "json" {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(o)
+		return writeJSON(w, o)
 	}
 	way := "nydusd reads from the registry itself"
 	if o.Gateway {

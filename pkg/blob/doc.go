@@ -10,9 +10,10 @@
 //   - What nothing names is removed once it is older than a grace period, and above a high
 //     watermark what no instance reads, least recently used first: it is fetched again on
 //     demand.
-//   - A process that is killed at any instruction leaves nothing wrong. The presence maps
-//     of a blob go first, and that is written to disk before its data goes: data without a
-//     map is fetched anew, but a map without data makes nydusd serve zeros.
+//   - A process that is killed at any instruction leaves nothing wrong. Proofs that name a
+//     blob (package proof) and its presence maps go first, and that is written to disk
+//     before its data goes: data without a map is fetched anew, but a map without data
+//     makes nydusd serve zeros.
 //   - When a bootstrap cannot be read, nothing is removed from its cache directory.
 //   - A file that it does not know is left alone, and reported.
 //

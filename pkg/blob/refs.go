@@ -12,8 +12,7 @@ import (
 	"slices"
 	"sync"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
@@ -217,13 +216,7 @@ func (c *Cache) reads(reader instance.Reader) bool {
 // again. What two turns did not ask for is forgotten.
 type memo struct {
 	mu          sync.Mutex
-	now, before map[identity][]rafs.Blob
-}
-
-// identity is a file's content, as long as nobody puts the clock back.
-type identity struct {
-	dev, ino            uint64
-	size, mtime, change int64
+	now, before map[proof.File][]rafs.Blob
 }
 
 func (m *memo) turn() {
@@ -245,7 +238,7 @@ func (m *memo) blobs(s *source) ([]rafs.Blob, error) {
 	if blobs, ok := m.known(id); ok {
 		return blobs, nil
 	}
-	boot, err := rafs.Open(f, id.size)
+	boot, err := rafs.Open(f, id.Size)
 	if err != nil {
 		return nil, fmt.Errorf("bootstrap of image %q in %s: %w; remove the image and pull it again", s.image, s.where, err)
 	}
@@ -253,7 +246,7 @@ func (m *memo) blobs(s *source) ([]rafs.Blob, error) {
 	return boot.Blobs, nil
 }
 
-func (m *memo) known(id identity) ([]rafs.Blob, bool) {
+func (m *memo) known(id proof.File) ([]rafs.Blob, bool) {
 	m.mu.Lock()
 	blobs, ok := m.now[id]
 	if !ok {
@@ -266,22 +259,24 @@ func (m *memo) known(id identity) ([]rafs.Blob, bool) {
 	return blobs, ok
 }
 
-func (m *memo) keep(id identity, blobs []rafs.Blob) {
+func (m *memo) keep(id proof.File, blobs []rafs.Blob) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.now == nil {
-		m.now = map[identity][]rafs.Blob{}
+		m.now = map[proof.File][]rafs.Blob{}
 	}
 	m.now[id] = blobs
 }
 
-func identify(f *os.File) (identity, error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return identity{}, &os.PathError{Op: "stat", Path: f.Name(), Err: err}
+// identify tells what stands for a bootstrap's content, as long as nobody puts the clock
+// back.
+func identify(f *os.File) (proof.File, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return proof.File{}, err
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > snapshot.MaxBootstrap {
-		return identity{}, fmt.Errorf("%s: want a regular file of at most %d bytes", f.Name(), int64(snapshot.MaxBootstrap))
+	if !info.Mode().IsRegular() || info.Size() > snapshot.MaxBootstrap {
+		return proof.File{}, fmt.Errorf("%s: want a regular file of at most %d bytes", f.Name(), int64(snapshot.MaxBootstrap))
 	}
-	return identity{st.Dev, st.Ino, st.Size, st.Mtim.Nano(), st.Ctim.Nano()}, nil
+	return proof.Stat(f)
 }

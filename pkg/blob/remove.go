@@ -117,12 +117,11 @@ func (r *removal) disprove() error {
 	if !r.proofs {
 		return nil
 	}
-	for _, h := range r.list {
-		if err := r.do("disprove", h.id, func() error { return proof.Remove(r.dir.Name(), h.id) }); err != nil {
-			return err
-		}
+	ids := make([]string, len(r.list))
+	for i, h := range r.list {
+		ids[i] = h.id
 	}
-	return nil
+	return r.do("disprove", r.dir.Name(), func() error { return proof.Remove(r.dir.Name(), ids...) })
 }
 
 func (r *removal) unlink(h *held, k kind) error {

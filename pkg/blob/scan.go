@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
 // kind says what one of a blob's files is, in the order in which they are removed.
@@ -233,7 +234,7 @@ func (d *directory) read(known func(fs.DirEntry) bool) (dirs []string, err error
 
 // parse tells which blob a file belongs to.
 func parse(name string, known map[string]kind) (id string, k kind, ok bool) {
-	if len(name) <= idSize || !isID(name[:idSize]) {
+	if len(name) <= idSize || !rafs.IsID(name[:idSize]) {
 		return "", 0, false
 	}
 	k, ok = known[name[idSize:]]
@@ -241,8 +242,6 @@ func parse(name string, known map[string]kind) (id string, k kind, ok bool) {
 }
 
 const idSize = 64
-
-func isID(s string) bool { return len(s) == idSize && strings.Trim(s, "0123456789abcdef") == "" }
 
 // add looks at one of the blob's files. One that is gone by now is none.
 func (c *cached) add(dir *os.File, name string, k kind) error {

@@ -662,3 +662,25 @@ func TestProofsGoWithTheirBlobs(t *testing.T) {
 		t.Errorf("the proof of what is still there: %v", err)
 	}
 }
+
+// However many blobs go, the proofs are looked through once: mounts wait for the lock
+// meanwhile.
+func TestProofsAreReadOnce(t *testing.T) {
+	b := newBed(t)
+	dir := b.dir("a")
+	b.image("a", bootstrap(idOf(100)))
+	for n := range batch {
+		b.blob(dir, idOf(n), chunks, 1)
+	}
+	b.write(proof.Path(dir, "sha256:"+idOf(200)), []byte("{}"))
+	o, times := b.options(), 0
+	o.step = func(what, _ string) error {
+		if what == "disprove" {
+			times++
+		}
+		return nil
+	}
+	if r := b.sweep(o); len(r.Removed) != batch || times != 1 {
+		t.Errorf("%d blobs are removed, the proofs looked through %d times", len(r.Removed), times)
+	}
+}

@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
 // Place is Options.Place.
@@ -18,7 +20,7 @@ func (c *Cache) Place(ctx context.Context, image, backend string) (string, error
 // in it, in bytes on the disk. It looks for them by name and at nothing else. The id is 64
 // hex digits.
 func (c *Cache) Usage(dir, id string) (n int64, err error) {
-	if !isID(id) {
+	if !rafs.IsID(id) {
 		return 0, fmt.Errorf("usage of blob %.80q: its id is not 64 lowercase hex digits", id)
 	}
 	dirs := []string{dir}

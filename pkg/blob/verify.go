@@ -1,9 +1,8 @@
 package blob
 
 import (
-	"bytes"
+	"cmp"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -12,10 +11,11 @@ import (
 	"path/filepath"
 	"slices"
 
-	"github.com/zeebo/blake3"
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/chunkmap"
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
+	"github.com/nydusfs/nydus-snapshotter/pkg/blobcheck"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
@@ -95,7 +95,7 @@ func (v *verifying) plan() {
 // sources are the bootstraps, each once: an instance's is the same file as a snapshot's.
 func (v *verifying) sources() []*source {
 	type name struct {
-		identity
+		proof.File
 		dir string
 	}
 	seen, list := map[name]bool{}, []*source(nil)
@@ -129,11 +129,11 @@ func (v *verifying) source(ctx context.Context, s *source) error {
 	if err != nil {
 		return err
 	}
-	boot, err := rafs.Open(f, id.size)
+	boot, err := rafs.Open(f, id.Size)
 	if err != nil {
 		return err
 	}
-	tables, err := rafs.Chunks(f, id.size, maxChunks)
+	tables, err := rafs.Chunks(f, id.Size, maxChunks)
 	if err != nil {
 		return err
 	}
@@ -154,7 +154,8 @@ func (v *verifying) source(ctx context.Context, s *source) error {
 }
 
 func (d *directory) find(id string) *cached {
-	if n := slices.IndexFunc(d.blobs, func(b *cached) bool { return b.id == id }); n >= 0 {
+	n, ok := slices.BinarySearchFunc(d.blobs, id, func(b *cached, id string) int { return cmp.Compare(b.id, id) })
+	if ok {
 		return d.blobs[n]
 	}
 	return nil
@@ -206,7 +207,7 @@ func (v *verifying) blob(ctx context.Context, b *cached, t *rafs.ChunkTable, ver
 }
 
 func openData(b *cached) (*os.File, error) {
-	path := filepath.Join(b.dir.path, b.id+".blob.data")
+	path := filepath.Join(b.dir.path, proof.DataName(b.id))
 	// To verify is not to use.
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOATIME, 0)
 	if errors.Is(err, unix.EPERM) {
@@ -250,16 +251,7 @@ func (v *verifying) chunk(digester rafs.Digester, c rafs.Chunk, data *os.File) (
 		}
 		return false, err
 	}
-	switch digester {
-	case rafs.DigesterBlake3:
-		sum := blake3.Sum256(text)
-		return bytes.Equal(sum[:], c.Digest[:]), nil
-	case rafs.DigesterSHA256:
-		sum := sha256.Sum256(text)
-		return bytes.Equal(sum[:], c.Digest[:]), nil
-	default:
-		return false, fmt.Errorf("its digests are made with %s", digester)
-	}
+	return blobcheck.Matches(digester, c.Digest, text)
 }
 
 func (v *verifying) verdict(b *cached) *verdict {

@@ -170,8 +170,10 @@ func (r *Reader) Close() error {
 		return nil
 	}
 	r.closed = true
-	for r.running > 0 {
-		_ = r.wait(r.running - 1)
+	for ; r.running > 0; r.running-- {
+		if err := <-r.results; r.err == nil {
+			r.err = err
+		}
 	}
 	r.arrived.empty()
 	r.c.budget.give(r.held)

@@ -187,6 +187,18 @@ func (w *worker) decoded(data []byte, size int, compressor rafs.Compressor) ([]b
 	return out, nil
 }
 
+// Matches tells whether data is what a chunk's digest says, uncompressed. The error wraps
+// errors.ErrUnsupported when nobody knows how its digests are made.
+func Matches(by rafs.Digester, want [32]byte, data []byte) (bool, error) {
+	switch by {
+	case rafs.DigesterBlake3:
+		return blake3.Sum256(data) == want, nil
+	case rafs.DigesterSHA256:
+		return sha256.Sum256(data) == want, nil
+	}
+	return false, fmt.Errorf("digests by %s: %w", by, errors.ErrUnsupported)
+}
+
 // digester makes digests of chunks. Its zero value is ready.
 type digester struct {
 	blake3, sha256 hash.Hash

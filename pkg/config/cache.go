@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -44,13 +43,11 @@ func parseWatermark(text string) (Watermark, error) {
 		a, err := parsePercent(text, percent)
 		return Watermark{Part: a.part}, err
 	}
-	digits := strings.TrimRight(text, "KMGT")
-	shift, ok := map[string]int{"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[text[len(digits):]]
-	n, err := strconv.ParseInt(digits, 10, 63)
-	if !ok || err != nil || n <= 0 || n > math.MaxInt64>>shift {
+	n, ok := scaled(text, "KMGT")
+	if !ok || n == 0 || n == math.MaxInt64 {
 		return Watermark{}, fmt.Errorf(`%q: want bytes as a whole number, with K, M, G or T behind it (of 1024) such as "100G", or a percentage of the filesystem such as "80%%", or nothing`, text)
 	}
-	return Watermark{Bytes: n << shift}, nil
+	return Watermark{Bytes: n}, nil
 }
 
 func (v *validator) cache(c Cache) {

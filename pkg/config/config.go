@@ -2,6 +2,7 @@ package config
 
 import (
 	_ "embed"
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -112,10 +113,26 @@ func (s Size) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
 // parseSize reads a size.
 func parseSize(text string) (Size, bool) {
-	digits := strings.TrimRight(text, "KMG")
-	unit, ok := map[string]Size{"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[text[len(digits):]]
-	n, err := strconv.ParseUint(digits, 10, 31)
-	return Size(n) * unit, ok && err == nil
+	n, ok := scaled(text, "KMG")
+	return Size(n), ok
+}
+
+// scaled reads a whole number of bytes, with one of units, the first of "KMGT", behind it or
+// none. What the unit makes too large is the largest that there is.
+func scaled(text, units string) (n int64, ok bool) {
+	digits := strings.TrimRight(text, units)
+	unit, shift := text[len(digits):], 0
+	if unit != "" {
+		shift = 10 * (1 + strings.Index(units, unit))
+	}
+	v, err := strconv.ParseUint(digits, 10, 63)
+	if err != nil || len(unit) > 1 {
+		return 0, false
+	}
+	if v > math.MaxInt64>>shift {
+		return math.MaxInt64, true
+	}
+	return int64(v) << shift, true
 }
 
 // RecoverPolicy is what to do about a daemon that died; see package recovery.

@@ -63,26 +63,14 @@ func parseMemory(text string) (amount, error) {
 	if percent, ok := strings.CutSuffix(text, "%"); ok {
 		return parsePercent(text, percent)
 	}
-	digits, unit := strings.TrimRight(text, "KMG"), int64(1)
-	switch text[len(digits):] {
-	case "":
-	case "K":
-		unit = 1 << 10
-	case "M":
-		unit = 1 << 20
-	case "G":
-		unit = 1 << 30
-	default:
-		digits = ""
-	}
-	n, err := strconv.ParseUint(digits, 10, 50)
-	if err != nil {
+	n, ok := scaled(text, "KMG")
+	if !ok {
 		return amount{}, fmt.Errorf(`%q: want bytes as a whole number, with K, M or G behind it (of 1024) such as "256M", or a percentage of the machine's memory such as "10%%", or nothing`, text)
 	}
-	if n > maxMemory/uint64(unit) || int64(n)*unit < MinMemory {
+	if n > maxMemory || n < MinMemory {
 		return amount{}, fmt.Errorf("%q: want 16M, which nydusd needs to start, to %dG", text, maxMemory>>30)
 	}
-	return amount{number: float64(int64(n) * unit)}, nil
+	return amount{number: float64(n)}, nil
 }
 
 // parseCPU reads cores, in thousandths, or a percentage.

@@ -38,20 +38,21 @@ func (i *Instance) mountProven(ctx context.Context, s Spec) error {
 		return err
 	}
 	// Most images that are not proven have no proof at all.
-	if _, err := proof.Read(s.CacheDir, s.BootstrapDigest); err != nil {
+	rec, err := proof.Read(s.CacheDir, s.BootstrapDigest)
+	if err != nil {
 		return err
 	}
 	n := i.rec.Last + 1
 	dir := i.dir.gen(n)
 	l.gen = Generation{Number: n, Mountpoint: dir.mountpoint(), Driver: mountspec.DriverEROFS, Source: l.disk.bootstrap(), Started: time.Now().UTC(), Alone: s.Alone}
-	if err := l.withoutDaemon(ctx); err != nil {
+	if err := l.withoutDaemon(ctx, rec); err != nil {
 		return errors.Join(err, l.undo())
 	}
 	return nil
 }
 
 // withoutDaemon mounts the image through the kernel.
-func (l *launch) withoutDaemon(ctx context.Context) error {
+func (l *launch) withoutDaemon(ctx context.Context, rec *proof.Record) error {
 	s := l.spec
 	var err error
 	if l.digest, err = linkBootstrap(s, l.disk.bootstrap()); err != nil {
@@ -67,7 +68,7 @@ func (l *launch) withoutDaemon(ctx context.Context) error {
 	if err := l.passCache(ctx); err != nil {
 		return err
 	}
-	proven, err := proof.Open(s.CacheDir, s.BootstrapDigest, head)
+	proven, err := rec.Open(s.CacheDir, head)
 	if err != nil {
 		return err
 	}

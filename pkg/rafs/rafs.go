@@ -267,7 +267,7 @@ func checkChunkSize(n uint32) error {
 // checkID names a bad id so that a person can recognise it, however long and
 // whatever is in it.
 func checkID(index int, id string) error {
-	if isID(id) {
+	if IsID(id) {
 		return nil
 	}
 	shown := strings.TrimRight(id, "\x00")
@@ -277,7 +277,9 @@ func checkID(index int, id string) error {
 	return fmt.Errorf("%w: blob %d is %q", ErrBlobID, index, shown)
 }
 
-func isID(s string) bool {
+// IsID tells whether s is 64 lowercase hex digits, as a blob's id is, and a digest without
+// its algorithm.
+func IsID(s string) bool {
 	return len(s) == idSize && strings.Trim(s, "0123456789abcdef") == ""
 }
 

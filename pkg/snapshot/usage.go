@@ -14,6 +14,8 @@ import (
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
 // labelLayer is the digest of the layer in the image's manifest, which is that of a nydus
@@ -79,7 +81,7 @@ func (s *Snapshotter) blobUsage(ctx context.Context, id string, r *record) (int6
 // blobOf is the id of a data layer's blob, "" when containerd does not tell.
 func blobOf(labels map[string]string) string {
 	id, ok := strings.CutPrefix(labels[labelLayer], "sha256:")
-	if !ok || len(id) != 64 || strings.Trim(id, "0123456789abcdef") != "" {
+	if !ok || !rafs.IsID(id) {
 		return ""
 	}
 	return id

@@ -31,6 +31,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -82,7 +83,7 @@ type File struct {
 // "sha256:" and 64 lowercase hex digits; of any other it is empty.
 func Path(cacheDir, bootstrap string) string {
 	hex, ok := strings.CutPrefix(bootstrap, "sha256:")
-	if !ok || len(hex) != 64 || strings.Trim(hex, "0123456789abcdef") != "" {
+	if !ok || !rafs.IsID(hex) {
 		return ""
 	}
 	return filepath.Join(cacheDir, hex+Suffix)
@@ -125,7 +126,7 @@ func Read(cacheDir, bootstrap string) (*Record, error) {
 }
 
 func read(path string) ([]byte, error) {
-	f, err := openRegular(path)
+	f, err := OpenRegular(path)
 	if err != nil {
 		return nil, err
 	}
@@ -137,8 +138,8 @@ func read(path string) ([]byte, error) {
 	return text, err
 }
 
-// openRegular opens a file that is one, and no link.
-func openRegular(path string) (*os.File, error) {
+// OpenRegular opens a file that is one, and no link.
+func OpenRegular(path string) (*os.File, error) {
 	// Not blocking: something else than a file may lie there.
 	f, err := os.OpenFile(filepath.Clean(path), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -168,6 +169,12 @@ func Open(cacheDir, bootstrap string, b *rafs.Bootstrap) (*Proven, error) {
 	if err != nil {
 		return nil, err
 	}
+	return r.Open(cacheDir, b)
+}
+
+// Open is as the function for a proof that was read already. It does not matter how long
+// ago that was: what counts is what the files are now.
+func (r *Record) Open(cacheDir string, b *rafs.Bootstrap) (*Proven, error) {
 	if err := Suitable(b); err != nil {
 		return nil, err
 	}
@@ -182,7 +189,7 @@ func Open(cacheDir, bootstrap string, b *rafs.Bootstrap) (*Proven, error) {
 	}
 	p := &Proven{want: r.Blobs}
 	for _, blob := range r.Blobs {
-		f, err := openRegular(filepath.Join(cacheDir, DataName(blob.ID)))
+		f, err := OpenRegular(filepath.Join(cacheDir, DataName(blob.ID)))
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("%w: %w", ErrNotProven, err), p.Close())
 		}
@@ -258,14 +265,15 @@ func Suitable(b *rafs.Bootstrap) error {
 	return nil
 }
 
-// Remove removes the proofs in a cache directory that name a blob, as is to be done before
-// anything of that blob is removed. One that cannot be read is removed too.
-func Remove(cacheDir, blob string) error {
+// Remove removes the proofs in a cache directory that name one of the blobs, as is to be
+// done before anything of these is removed. One that cannot be read is removed too. Each
+// is read once, however many blobs there are.
+func Remove(cacheDir string, blobs ...string) error {
 	paths, err := filepath.Glob(filepath.Join(cacheDir, "*"+Suffix))
 	errs := []error{err}
 	for _, path := range paths {
 		r, err := Read(cacheDir, "sha256:"+strings.TrimSuffix(filepath.Base(path), Suffix))
-		if err == nil && !r.names(blob) {
+		if err == nil && !r.names(blobs) {
 			continue
 		}
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -275,13 +283,8 @@ func Remove(cacheDir, blob string) error {
 	return errors.Join(errs...)
 }
 
-func (r *Record) names(blob string) bool {
-	for _, b := range r.Blobs {
-		if b.ID == blob {
-			return true
-		}
-	}
-	return false
+func (r *Record) names(blobs []string) bool {
+	return slices.ContainsFunc(r.Blobs, func(b Blob) bool { return slices.Contains(blobs, b.ID) })
 }
 
 // New is the record of a proof.

@@ -84,7 +84,7 @@ func (b *Background) pass(ctx context.Context) {
 	for _, im := range images {
 		key := proof.Path(im.CacheDir, im.Digest)
 		r, failed := b.retry[key]
-		if !failed || !time.Now().Before(r.at) {
+		if !failed || !b.Prover.now().Before(r.at) {
 			r, failed = b.one(ctx, im, r)
 		}
 		if failed {
@@ -100,19 +100,19 @@ func (b *Background) pass(ctx context.Context) {
 // one proves an image, and returns when it is to be looked at again if it could not.
 func (b *Background) one(ctx context.Context, im Image, last retry) (r retry, failed bool) {
 	log := b.Log.With("image", im.Name, "bootstrap", im.Digest)
-	started := time.Now()
+	started := b.Prover.now()
 	proven, err := b.Prover.Prove(ctx, im.CacheDir, im.Bootstrap, im.Digest)
 	switch {
 	case err == nil:
 		if proven {
-			log.Info("all of the image is in the cache: its next start needs no nydusd", "event", "proven", "took", time.Since(started).Round(time.Millisecond))
+			log.Info("all of the image is in the cache: its next start needs no nydusd", "event", "proven", "took", b.Prover.now().Sub(started).Round(time.Millisecond))
 		}
 		return retry{}, false
 	case ctx.Err() != nil, errors.Is(err, ErrIncomplete):
 		return retry{}, false
 	}
 	r = retry{delay: min(max(2*last.delay, firstRetry), lastRetry), why: err.Error()}
-	r.at = time.Now().Add(r.delay)
+	r.at = b.Prover.now().Add(r.delay)
 	switch {
 	case r.why == last.why:
 	case errors.Is(err, ErrWrong):

@@ -31,12 +31,12 @@ import (
 	"strings"
 	"time"
 
-	"github.com/zeebo/blake3"
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/chunkmap"
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
+	"github.com/nydusfs/nydus-snapshotter/pkg/blobcheck"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
@@ -145,16 +145,16 @@ func Valid(cacheDir, digest string, b *rafs.Bootstrap) bool {
 }
 
 func openBootstrap(path string) (*os.File, int64, error) {
-	f, err := os.OpenFile(filepath.Clean(path), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	f, err := proof.OpenRegular(path)
 	if err != nil {
 		return nil, 0, fmt.Errorf("open bootstrap: %w", err)
 	}
 	info, err := f.Stat()
-	if err == nil && (!info.Mode().IsRegular() || info.Size() > maxBootstrap) {
-		err = fmt.Errorf("open bootstrap: %s is no regular file of at most %d bytes", path, maxBootstrap)
+	if err == nil && info.Size() > maxBootstrap {
+		err = fmt.Errorf("%s has more than %d bytes", path, maxBootstrap)
 	}
 	if err != nil {
-		return nil, 0, errors.Join(err, f.Close())
+		return nil, 0, errors.Join(fmt.Errorf("open bootstrap: %w", err), f.Close())
 	}
 	return f, info.Size(), nil
 }
@@ -194,7 +194,7 @@ func (p *Prover) blob(ctx context.Context, cacheDir string, t *rafs.ChunkTable) 
 	if t.Opaque > 0 {
 		return none, fmt.Errorf("%w: the bootstrap has no digests for %d of its chunks", proof.ErrNotProven, t.Opaque)
 	}
-	f, err := os.OpenFile(filepath.Join(cacheDir, proof.DataName(t.Blob.ID)), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	f, err := proof.OpenRegular(filepath.Join(cacheDir, proof.DataName(t.Blob.ID)))
 	if err != nil {
 		return none, fmt.Errorf("%w: %w", ErrIncomplete, err)
 	}
@@ -228,13 +228,16 @@ func (p *Prover) blob(ctx context.Context, cacheDir string, t *rafs.ChunkTable) 
 	return after, err
 }
 
-func (p *Prover) settle(f proof.File) error {
-	now := time.Now
-	if p.Now != nil {
-		now = p.Now
+func (p *Prover) now() time.Time {
+	if p.Now == nil {
+		return time.Now()
 	}
+	return p.Now()
+}
+
+func (p *Prover) settle(f proof.File) error {
 	latest := max(f.Mtime, f.Change)
-	if ago := now().Sub(time.Unix(0, latest)); ago < settled {
+	if ago := p.now().Sub(time.Unix(0, latest)); ago < settled {
 		return fmt.Errorf("%w: it was written to %s ago", ErrIncomplete, ago)
 	}
 	return nil
@@ -263,25 +266,15 @@ func (p *Prover) compare(ctx context.Context, f *os.File, t *rafs.ChunkTable) er
 			}
 			return fmt.Errorf("read %d bytes at %d: %w", c.RawSize, c.RawOffset, err)
 		}
-		ok, err := matches(t.Blob.Digester, c.Digest, buf)
+		ok, err := blobcheck.Matches(t.Blob.Digester, c.Digest, buf)
 		if err != nil {
-			return err
+			return fmt.Errorf("%w: %w", proof.ErrNotProven, err)
 		}
 		if !ok {
 			return fmt.Errorf("%w: chunk %d, %d bytes at %d, has another digest", ErrWrong, c.Index, c.RawSize, c.RawOffset)
 		}
 	}
 	return nil
-}
-
-func matches(by rafs.Digester, want [32]byte, data []byte) (bool, error) {
-	switch by {
-	case rafs.DigesterBlake3:
-		return blake3.Sum256(data) == want, nil
-	case rafs.DigesterSHA256:
-		return sha256.Sum256(data) == want, nil
-	}
-	return false, fmt.Errorf("%w: digests by %s are unknown", proof.ErrNotProven, by)
 }
 
 // write makes the proof, and what makes it last.
