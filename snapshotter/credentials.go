@@ -47,7 +47,7 @@ func newKeychain(cfg config.Config) (keychain, error) {
 		}
 		providers = append(providers, plugins)
 	}
-	providers = append(providers, credentials.NewDocker(docker(), credentials.MemoConfig{}))
+	providers = append(providers, credentials.NewDocker(docker(), credentials.MemoConfig{}, slog.Default()))
 	k.Chain = credentials.NewChain(nil, providers...)
 	return k, nil
 }

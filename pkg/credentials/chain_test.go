@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -152,7 +153,7 @@ func runs(t *testing.T, count string) int {
 func TestDockerHelpersAreKept(t *testing.T) {
 	d, count := dockerConfig(t, `{"credsStore": "counting"}`)
 	clock := newClock()
-	c := NewChain(clock.Now, NewDocker(d, MemoConfig{Now: clock.Now}))
+	c := NewChain(clock.Now, NewDocker(d, MemoConfig{Now: clock.Now}, slog.New(slog.DiscardHandler)))
 	for host, fails := range map[string]bool{"good.example": false, "none.example": false, "bad.example": true} {
 		before := runs(t, count)
 		for range 5 {
@@ -217,4 +218,46 @@ func (several) Name() string { return "several" }
 
 func (s several) Lookup(context.Context, string, string) ([]*registry.Credentials, error) {
 	return s, nil
+}
+
+// While config.json is broken the last logins stay in force, and the log says so once; what
+// was refused meanwhile does not.
+func TestBrokenDockerConfig(t *testing.T) {
+	const good = `{"auths": {"one.example": {"auth": "dTox"}}}`
+	d, _ := dockerConfig(t, good)
+	path := filepath.Join(d.Dir, "config.json")
+	edit := func(text string) {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var log strings.Builder
+	c := NewChain(nil, NewDocker(d, MemoConfig{}, slog.New(slog.NewTextHandler(&log, nil))))
+	want := func(host, auth string, fails bool) {
+		t.Helper()
+		got, err := c.Credentials(t.Context(), host, "x")
+		if (err != nil) != fails || (got == nil) != (auth == "") || got != nil && got.Auth != auth {
+			t.Errorf("%s: %v, %v; want %q, error %t", host, got != nil, err, auth, fails)
+		}
+		if err != nil && !strings.Contains(err.Error(), path) {
+			t.Errorf("the error does not say where: %v", err)
+		}
+	}
+	want("one.example", "dTox", false)
+	edit(good[:30])
+	for range 3 {
+		want("one.example", "dTox", false)
+	}
+	want("two.example", "", true) // nobody knows whether it has a login
+	if said := log.String(); strings.Count(said, "stays in force") != 1 || !strings.Contains(said, path) || strings.Contains(said, "dTox") {
+		t.Errorf("the log says: %s", said)
+	}
+	c.Refused("one.example", "x", &registry.Credentials{Auth: "dTox"})
+	want("one.example", "", true)
+	edit(`{"auths": {"one.example": {"auth": "dToy"}}}`)
+	want("one.example", "dToy", false)
+	edit(`{"auths": {}}`)
+	want("one.example", "", false)
+	edit("{")
+	want("one.example", "", true) // it had none
 }

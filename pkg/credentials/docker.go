@@ -2,21 +2,35 @@ package credentials
 
 import (
 	"context"
+	"errors"
+	"log/slog"
+	"maps"
+	"sync"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/registry"
 )
 
 // Docker is docker's configuration as a Provider. What credential helpers answer is
 // kept until config.json changes; what that has itself is read anew each time, so
-// that a login counts at once.
+// that a login counts at once. While config.json is broken, as when somebody edits it, what
+// it said of a host before stays in force.
 type Docker struct {
 	docker registry.Docker
 	memo   *Memo[*registry.Credentials]
+	log    *slog.Logger
+
+	mu     sync.Mutex
+	last   map[string]*registry.Credentials // by host
+	broken bool                             // and said so
 }
 
-// NewDocker returns a Docker. The helpers' time is d's.
-func NewDocker(d registry.Docker, cfg MemoConfig) *Docker {
-	return &Docker{docker: d, memo: NewMemo[*registry.Credentials](cfg)}
+// maxLast bounds of how many hosts the last answer is kept.
+const maxLast = 1024
+
+// NewDocker returns a Docker. The helpers' time is d's. Log is told when config.json cannot
+// be read.
+func NewDocker(d registry.Docker, cfg MemoConfig, log *slog.Logger) *Docker {
+	return &Docker{docker: d, memo: NewMemo[*registry.Credentials](cfg), log: log, last: map[string]*registry.Credentials{}}
 }
 
 // Name implements Provider.
@@ -24,6 +38,31 @@ func (d *Docker) Name() string { return "docker's configuration" }
 
 // Lookup implements Provider.
 func (d *Docker) Lookup(ctx context.Context, host, repository string) ([]*registry.Credentials, error) {
+	list, err := d.lookup(ctx, host, repository)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if errors.Is(err, registry.ErrDockerConfig) {
+		if !d.broken {
+			d.broken = true
+			d.log.Error("docker's configuration cannot be read; what it said before stays in force", "event", "configuration", "error", err)
+		}
+		return some(d.last[host], err)
+	}
+	if err != nil {
+		return list, err // a helper's
+	}
+	d.broken = false
+	delete(d.last, host)
+	if len(list) > 0 {
+		if len(d.last) >= maxLast {
+			clear(d.last)
+		}
+		d.last[host] = list[0]
+	}
+	return list, nil
+}
+
+func (d *Docker) lookup(ctx context.Context, host, repository string) ([]*registry.Credentials, error) {
 	key := d.docker.HelperKey(host)
 	if key == "" {
 		return some(d.docker.Credentials(ctx, host, repository))
@@ -38,7 +77,12 @@ func (d *Docker) Lookup(ctx context.Context, host, repository string) ([]*regist
 }
 
 // Forget forgets c, so that its helper is asked again.
-func (d *Docker) Forget(c *registry.Credentials) { d.memo.Forget(c.Opens) }
+func (d *Docker) Forget(c *registry.Credentials) {
+	d.memo.Forget(c.Opens)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	maps.DeleteFunc(d.last, func(_ string, kept *registry.Credentials) bool { return c.Opens(kept) })
+}
 
 func some(c *registry.Credentials, err error) ([]*registry.Credentials, error) {
 	if c == nil {

@@ -199,20 +199,24 @@ func dockerName(host string) string {
 	return host
 }
 
-// load returns nil when there is no file. Parse errors may quote the file, so
-// only their kind is told.
+// ErrDockerConfig says that docker's configuration is there and cannot be read or
+// understood.
+var ErrDockerConfig = errors.New("read docker's credentials")
+
+// load returns nil when there is no file, and otherwise fails with ErrDockerConfig. Parse
+// errors may quote the file, so only their kind is told.
 func load(path string) (*configfile.ConfigFile, error) {
 	f, err := os.Open(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read docker's credentials: %w", err)
+		return nil, fmt.Errorf("%w: %w", ErrDockerConfig, err)
 	}
 	defer f.Close()
 	file, err := config.LoadFromReader(f)
 	if err != nil {
-		return nil, fmt.Errorf("read docker's credentials: %s is not JSON as docker login writes it, or one of its \"auth\" values is not base64 of user:password", path)
+		return nil, fmt.Errorf("%w: %s is not JSON as docker login writes it, or one of its \"auth\" values is not base64 of user:password", ErrDockerConfig, path)
 	}
 	return file, nil
 }

@@ -1,16 +1,18 @@
 package e2e_test
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
 	"golang.org/x/sys/unix"
@@ -84,13 +86,10 @@ func TestGateway(t *testing.T) {
 	})
 }
 
-// TestGatewayKilled kills the gateway again and again while containers of images that
-// nothing is cached of are started and read.
+// TestGatewayKilled kills the gateway in the middle of every answer that it has not passed on
+// before, while containers of images that nothing is cached of are started and read.
 func TestGatewayKilled(t *testing.T) {
 	const kills, images = 50, 10
-	// A gateway lives for so long at least, and there is an end: who is killed as soon as it
-	// listens can serve nobody.
-	const life, most = 100 * time.Millisecond, 10 * kills
 	r := kit.NewRegistry(t, kit.RegistryOptions{})
 	g := managed24.newGateway(t, map[string]any{"remote.gateway": "always"})
 	var pulled []containerd.Image
@@ -99,6 +98,8 @@ func TestGatewayKilled(t *testing.T) {
 		ref, want := smallNydus(t, r, fmt.Sprintf("killed-%d", n))
 		pulled, trees = append(pulled, pull(t, g.n, ref)), append(trees, want)
 	}
+	k := &killer{due: make(chan chan struct{}), over: t.Context().Done(), seen: map[string]bool{}}
+	r.SetHook(k.hook)
 	read := make(chan error, 1)
 	go func() {
 		var err error
@@ -107,26 +108,80 @@ func TestGatewayKilled(t *testing.T) {
 		}
 		read <- err
 	}()
-	alive := time.NewTimer(life)
-	defer alive.Stop()
 	killed := 0
-	var err error
-	for done := false; !done; {
+	for {
 		select {
-		case <-alive.C:
+		case done := <-k.due:
 			g.end(unix.SIGKILL)
 			g.start()
-			if killed++; killed < most {
-				alive.Reset(life)
+			killed++
+			close(done)
+			continue
+		case err := <-read:
+			if err != nil || killed < kills {
+				t.Errorf("with %d kills, want %d at least: %v", killed, kills, err)
 			}
-		case err = <-read:
-			done = true
 		}
+		break
 	}
-	if err != nil || killed < kills {
-		t.Errorf("with %d kills, want %d at least: %v", killed, kills, err)
-	}
+	t.Logf("killed %d times, each time while it passed something on", killed)
+	r.SetHook(nil)
 	wantDaemons(t, g.n, 0, soon)
+}
+
+// killer has the gateway killed while the registry answers it, for the first time that it
+// asks for something.
+type killer struct {
+	due  chan chan struct{}
+	over <-chan struct{}
+
+	mu   sync.Mutex
+	seen map[string]bool
+}
+
+func (k *killer) hook(w http.ResponseWriter, req *http.Request, next http.Handler) {
+	what := req.Method + " " + req.URL.Path + " " + req.Header.Get("Range")
+	k.mu.Lock()
+	first := !k.seen[what]
+	k.seen[what] = true
+	k.mu.Unlock()
+	if first && strings.Contains(req.URL.Path, "/blobs/") {
+		w = &deadly{ResponseWriter: w, k: k}
+	}
+	next.ServeHTTP(w, req)
+}
+
+// deadly is an answer in whose middle the gateway is killed.
+type deadly struct {
+	http.ResponseWriter
+	k    *killer
+	done bool
+}
+
+func (d *deadly) Write(p []byte) (int, error) {
+	if d.done || len(p) < 2 {
+		return d.ResponseWriter.Write(p)
+	}
+	d.done = true
+	n, err := d.ResponseWriter.Write(p[:len(p)/2])
+	if err == nil {
+		err = http.NewResponseController(d.ResponseWriter).Flush()
+	}
+	if err != nil {
+		return n, err
+	}
+	killed := make(chan struct{})
+	select {
+	case d.k.due <- killed:
+	case <-d.k.over:
+		return n, context.Canceled
+	}
+	select {
+	case <-killed:
+	case <-d.k.over:
+	}
+	rest, err := d.ResponseWriter.Write(p[len(p)/2:])
+	return n + rest, err
 }
 
 // readOnce reads all of an image through a container.
