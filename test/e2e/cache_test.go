@@ -97,6 +97,34 @@ func cacheCommand(t *testing.T, n *kit.Node, into any, args ...string) {
 	}
 }
 
+type listedBlob struct {
+	ID        string
+	Images    []string
+	Instances []string
+	Usage     int64
+	Ready     int
+}
+
+// cacheList is what `cache ls` says once something of each blob is there: nydusd answers a read
+// before it has written down what it fetched.
+func cacheList(t *testing.T, n *kit.Node) []listedBlob {
+	t.Helper()
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for over := time.After(4 * soon); ; {
+		var list []listedBlob
+		cacheCommand(t, n, &list, "ls")
+		if !slices.ContainsFunc(list, func(l listedBlob) bool { return l.Ready == 0 }) {
+			return list
+		}
+		select {
+		case <-tick.C:
+		case <-over:
+			t.Fatalf("cache ls says %+v, want something of each blob", list)
+		}
+	}
+}
+
 // TestCacheFollowsImages: a blob stays exactly as long as an image needs it, or a
 // container whose image is gone.
 func TestCacheFollowsImages(t *testing.T) {
@@ -120,20 +148,13 @@ func TestCacheFollowsImages(t *testing.T) {
 			t.Fatalf("cached are %q, then %q: want two blobs of one image, and one more of the other", ofA, all)
 		}
 
-		var list []struct {
-			ID        string
-			Images    []string
-			Instances []string
-			Usage     int64
-			Ready     int
-		}
-		cacheCommand(t, n, &list, "ls")
+		list := cacheList(t, n)
 		var ofB []string
 		for _, l := range list {
 			if slices.Contains(l.Images, refs[1]) {
 				ofB = append(ofB, l.ID)
 			}
-			if len(l.Images) == 0 || len(l.Instances) == 0 || l.Usage == 0 || l.Ready == 0 {
+			if len(l.Images) == 0 || len(l.Instances) == 0 || l.Usage == 0 {
 				t.Errorf("cache ls says %+v", l)
 			}
 		}
@@ -153,9 +174,10 @@ func TestCacheFollowsImages(t *testing.T) {
 			}
 		}
 
-		cached, said := du(t, n), usage(t, n)
-		if diff := cached - said; diff > cached/100 || diff < -cached/100 {
-			t.Errorf("the cache occupies %d bytes, the data layers have %d", cached, said)
+		// What the kernel reads ahead may still come.
+		before, said, after := du(t, n), usage(t, n), du(t, n)
+		if said < before-before/100 || said > after+after/100 {
+			t.Errorf("the cache occupies %d to %d bytes, the data layers have %d", before, after, said)
 		}
 
 		remove(t, a)
