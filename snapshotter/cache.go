@@ -186,6 +186,9 @@ func printReport(w io.Writer, r blob.Report, dry bool) error {
 		return err
 	}
 	fmt.Fprintf(w, "%d blobs with %s; %s %d and %s %d, %s in all\n", r.Blobs, megabytes(r.Usage), did[0], len(r.Removed), did[1], len(r.Evicted), megabytes(r.Freed))
+	if r.Orphans > 0 {
+		fmt.Fprintf(w, "%s %d proofs of images that are gone\n", did[0], r.Orphans)
+	}
 	if r.Young > 0 {
 		fmt.Fprintf(w, "%d that nothing needs were written too lately; the first goes at %s\n", r.Young, r.Next.Format(time.DateTime))
 	}
