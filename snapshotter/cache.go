@@ -63,7 +63,7 @@ func (s sweeping) Commit(ctx context.Context, name, key string, opts ...snapshot
 
 // Remove implements snapshots.Snapshotter.
 func (s sweeping) Remove(ctx context.Context, key string) error {
-	info, err := s.Stat(ctx, key)
+	info, err := s.Snapshotter.Snapshotter.Stat(ctx, key) // as it is in the database
 	if err == nil && info.Kind == snapshots.KindCommitted {
 		defer s.cache.Wake()
 		defer s.pulled.Changed()
