@@ -18,6 +18,7 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
 )
 
 // Where things are when no option says otherwise.
@@ -125,6 +126,10 @@ var forOthers = []string{
 // container on a node that enforces it. They are the overlay's.
 var labels = []string{"context", "fscontext", "defcontext", "rootcontext"}
 
+// mappings are containerd's options for a root filesystem that is to be id-mapped. It leaves
+// them out where it looks into one itself, so they stand beside the sealed option.
+const uidMapping, gidMapping = "uidmap", "gidmap"
+
 // split sorts the options into flags of the mount, SELinux labels among them,
 // and settings of ours.
 func (c *call) split() (flags []string, settings map[string]string, err error) {
@@ -150,11 +155,15 @@ func (c *call) split() (flags []string, settings map[string]string, err error) {
 	return flags, settings, nil
 }
 
-var ourSettings = []string{mountspec.OptionName, "bootstrap", "config", "nydusd", "root", "run_dir", "log_level", "threads", "timeout"}
+var ourSettings = []string{mountspec.OptionName, uidMapping, gidMapping, "bootstrap", "config", "nydusd", "root", "run_dir", "log_level", "threads", "timeout"}
 
 // request turns the command line into what to mount.
 func (c *call) request(keys mountspec.Keys) (*request, error) {
 	flags, settings, err := c.split()
+	if err != nil {
+		return nil, err
+	}
+	ids, err := idMap(settings)
 	if err != nil {
 		return nil, err
 	}
@@ -175,6 +184,9 @@ func (c *call) request(keys mountspec.Keys) (*request, error) {
 		return nil, errors.New("mount point is not a directory")
 	}
 	if _, ok := settings["bootstrap"]; ok {
+		if ids != nil {
+			return nil, fmt.Errorf("%w: %s and %s are for a container's root filesystem, not for an image alone", errUsage, uidMapping, gidMapping)
+		}
 		return direct(c.target, flags, settings)
 	}
 	value, err := mountspec.Find(c.options)
@@ -185,7 +197,23 @@ func (c *call) request(keys mountspec.Keys) (*request, error) {
 	if err != nil {
 		return nil, err
 	}
-	return fromSpec(c.target, flags, spec)
+	return fromSpec(c.target, flags, ids, spec)
+}
+
+// idMap takes the mappings out of the settings; nil when there are none.
+func idMap(settings map[string]string) (*rootfs.IDMap, error) {
+	uids, gids := settings[uidMapping], settings[gidMapping]
+	delete(settings, uidMapping)
+	delete(settings, gidMapping)
+	if uids == "" && gids == "" {
+		return nil, nil
+	}
+	// Several entries have commas between them, and so quotes around them.
+	m, err := rootfs.ParseIDMap(strings.Trim(uids, `"`), strings.Trim(gids, `"`))
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errUsage, err)
+	}
+	return m, nil
 }
 
 // direct is a mount without a snapshotter: root says what to do.

@@ -95,7 +95,12 @@ const help = `Usage: %[1]s SOURCE TARGET [-sfnv] [-t TYPE] [-o OPTIONS]
 Mounts a nydus image on TARGET, as mount.fuse's and mount(8)'s helper.
 
 With extraoption=… among OPTIONS the option, made by nydus-snapshotter, says
-everything. Without it:
+everything but, for a container in a user namespace, whose the files are to be:
+
+  uidmap=C:H:N      N user ids of the image from C on are those from H on
+  gidmap=C:H:N      the same for group ids
+
+Without it:
 
   bootstrap=FILE    the image's metadata file (required)
   config=FILE       nydusd's configuration, JSON; mode 0600 if it has credentials (required)

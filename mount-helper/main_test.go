@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
 )
 
 func must(t *testing.T, err error) {
@@ -60,7 +62,7 @@ func TestLabels(t *testing.T) {
 	}
 	flags, _, err := c.split()
 	must(t, err)
-	r, err := fromSpec("/t", flags, &mountspec.Spec{SnapshotDir: "/s", OverlayOptions: []string{"index=off"}})
+	r, err := fromSpec("/t", flags, nil, &mountspec.Spec{SnapshotDir: "/s", OverlayOptions: []string{"index=off"}})
 	must(t, err)
 	if want := []string{"index=off", label, "rw", "dev"}; !reflect.DeepEqual(r.above("/image").Options, want) {
 		t.Errorf("the overlay gets %q, want %q", r.above("/image").Options, want)
@@ -80,7 +82,7 @@ func TestReadOnlyOverlayHasNoUpper(t *testing.T) {
 		{[]string{"ro", "rw"}, "/s/fs", []string{"/l", "/image"}},
 		{[]string{"rw", "ro"}, "", []string{"/s/fs", "/l", "/image"}},
 	} {
-		r, err := fromSpec("/t", c.flags, &mountspec.Spec{SnapshotDir: "/s", Lower: []string{"/l"}})
+		r, err := fromSpec("/t", c.flags, nil, &mountspec.Spec{SnapshotDir: "/s", Lower: []string{"/l"}})
 		must(t, err)
 		if o := r.above("/image"); o.Upper != c.upper || !reflect.DeepEqual(o.Lower, c.lower) || (o.Work == "") != (c.upper == "") {
 			t.Errorf("%q: %+v", c.flags, o)
@@ -122,6 +124,49 @@ func TestUnknownOptionIsNotRepeated(t *testing.T) {
 	}
 }
 
+func TestIDMapOptions(t *testing.T) {
+	for _, c := range []struct {
+		options string
+		want    string // of the uids; empty for none, "!" for an error
+	}{
+		{"rw", ""},
+		{"uidmap=0:100000:65536,gidmap=0:7:1,rw", "[{0 100000 65536}]"},
+		{`uidmap="0:100000:10,10:5:1",gidmap=0:7:1`, "[{0 100000 10} {10 5 1}]"},
+		{"uidmap=0:100000:65536", "!"},
+		{"gidmap=0:100000:65536", "!"},
+		{"uidmap=0:1,gidmap=0:1:1", "!"},
+		{"uidmap=0:1:0,gidmap=0:1:1", "!"},
+	} {
+		call := call{options: splitQuoted(c.options)}
+		_, settings, err := call.split()
+		must(t, err)
+		m, err := idMap(settings)
+		got := "!"
+		switch {
+		case err != nil && !errors.Is(err, errUsage):
+			t.Errorf("%s: %v", c.options, err)
+		case err == nil && m == nil:
+			got = ""
+		case err == nil:
+			got = fmt.Sprint(m.UIDs)
+		}
+		if got != c.want || len(settings) > 0 {
+			t.Errorf("%s: read as %s, %q is left, %v; want %s", c.options, got, settings, err, c.want)
+		}
+	}
+	ids, err := rootfs.ParseIDMap("0:1:1", "0:1:1")
+	must(t, err)
+	if _, err := fromSpec("/t", nil, ids, &mountspec.Spec{Kind: mountspec.KindImage}); !errors.Is(err, errUsage) {
+		t.Errorf("an image alone that is to be id-mapped: %v", err)
+	}
+	r, err := fromSpec("/t", []string{"ro"}, ids, &mountspec.Spec{Kind: mountspec.KindRootfs, SnapshotDir: "/s"})
+	must(t, err)
+	// The container's own layer has the right owners.
+	if o := r.above("/image"); !r.image.IDMapped || o.IDMap != ids || o.Unmapped != 1 || o.Lower[0] != "/s/fs" {
+		t.Errorf("%+v", o)
+	}
+}
+
 func TestDirectDaemon(t *testing.T) {
 	d, err := directDaemon(map[string]string{"nydusd": "/n", "threads": "4", "timeout": "1m", "log_level": "warn"})
 	if want := (mountspec.Daemon{Path: "/n", Threads: 4, StartTimeout: time.Minute, LogLevel: "warn",
@@ -150,12 +195,12 @@ func TestFromSpecAddsCredentials(t *testing.T) {
 		Config:      `{"device":{"backend":{"type":"registry","config":{"host":"h","repo":"r"}}}}`,
 		Credentials: &mountspec.Credentials{Auth: "canary"},
 	}
-	r, err := fromSpec("/t", nil, s)
+	r, err := fromSpec("/t", nil, nil, s)
 	if err != nil || !strings.Contains(r.image.Config, `"auth":"canary"`) {
 		t.Errorf("%v", err)
 	}
 	s.Config = "canary"
-	if _, err := fromSpec("/t", nil, s); err == nil || strings.Contains(err.Error(), "canary") {
+	if _, err := fromSpec("/t", nil, nil, s); err == nil || strings.Contains(err.Error(), "canary") {
 		t.Errorf("of a bad configuration: %v", err)
 	}
 }

@@ -29,8 +29,12 @@ type request struct {
 	detach bool
 }
 
-// fromSpec takes what the snapshotter decided.
-func fromSpec(target string, flags []string, s *mountspec.Spec) (*request, error) {
+// fromSpec takes what the snapshotter decided. ids, when set, shifts the owners of the image's
+// files.
+func fromSpec(target string, flags []string, ids *rootfs.IDMap, s *mountspec.Spec) (*request, error) {
+	if ids != nil && s.Kind != mountspec.KindRootfs {
+		return nil, fmt.Errorf("%w: an image alone is not id-mapped, only a whole root filesystem", errUsage)
+	}
 	config := s.Config
 	if c := s.Credentials; c != nil {
 		var err error
@@ -43,8 +47,9 @@ func fromSpec(target string, flags []string, s *mountspec.Spec) (*request, error
 		image: instance.Spec{
 			Key: s.Instance, BootstrapDigest: s.BootstrapDigest, Host: s.Host, Repository: s.Repository, CacheDir: s.CacheDir,
 			Image: s.Image, Bootstrap: s.Bootstrap, Config: config, Root: s.Root, RunDir: s.RunDir, Driver: s.Driver, Daemon: s.Daemon,
+			IDMapped: ids != nil,
 		},
-		overlay: rootfs.Overlay{Lower: s.Lower, Upper: s.Upper(), Work: s.Work(), Options: s.OverlayOptions},
+		overlay: rootfs.Overlay{Lower: s.Lower, Upper: s.Upper(), Work: s.Work(), Options: s.OverlayOptions, IDMap: ids},
 	}, nil
 }
 
@@ -117,7 +122,7 @@ func (r *request) above(mountpoint string) rootfs.Overlay {
 		// Of an overlay with an upper directory the kernel would empty the
 		// work directory, which is in use, although it is read-only.
 		o.Lower = append([]string{o.Upper}, o.Lower...)
-		o.Upper, o.Work = "", ""
+		o.Upper, o.Work, o.Unmapped = "", "", 1
 	}
 	return o
 }

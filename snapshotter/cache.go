@@ -51,14 +51,22 @@ func placed(cfg config.Config) func(ctx context.Context, ref, wanted string) (st
 // container's snapshot makes nothing unneeded.
 type sweeping struct {
 	*snapshot.Snapshotter
-	cache *blob.Cache
+	cache  *blob.Cache
+	pulled *pulled
+}
+
+// Commit implements snapshots.Snapshotter.
+func (s sweeping) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
+	defer s.pulled.Changed()
+	return s.Snapshotter.Commit(ctx, name, key, opts...)
 }
 
 // Remove implements snapshots.Snapshotter.
 func (s sweeping) Remove(ctx context.Context, key string) error {
-	info, err := s.Stat(ctx, key)
+	info, err := s.Snapshotter.Snapshotter.Stat(ctx, key) // as it is in the database
 	if err == nil && info.Kind == snapshots.KindCommitted {
 		defer s.cache.Wake()
+		defer s.pulled.Changed()
 	}
 	return s.Snapshotter.Remove(ctx, key)
 }
@@ -81,14 +89,29 @@ func cacheCommand() *cli.Command {
 				Action: cacheAction(sweepCache),
 			},
 			{Name: "verify", Usage: "compare what is cached with the images' digests, and remove what is wrong and not in use", Before: noArguments, Flags: flags(), Action: cacheAction(verifyCache)},
+			{
+				Name: "prove", ArgsUsage: "[IMAGE…]", Flags: flags(),
+				Usage:  "compare pulled images that are complete with their digests, so that they are mounted without nydusd; all when none is named",
+				Action: configured(proveCommand),
+			},
 		},
 		Action: func(c *cli.Context) error {
-			return fmt.Errorf("cache: want ls, gc or verify; see %s cache --help", c.App.Name)
+			return fmt.Errorf("cache: want ls, gc, verify or prove; see %s cache --help", c.App.Name)
 		},
 	}
 }
 
 func cacheAction(run func(c *cli.Context, cache *blob.Cache, asJSON bool) error) cli.ActionFunc {
+	return configured(func(c *cli.Context, cfg config.Config, asJSON bool) error {
+		cache, err := newCache(cfg)
+		if err != nil {
+			return err
+		}
+		return run(c, cache, asJSON)
+	})
+}
+
+func configured(run func(c *cli.Context, cfg config.Config, asJSON bool) error) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		format := c.String("format")
 		if format != "table" && format != "json" {
@@ -98,11 +121,7 @@ func cacheAction(run func(c *cli.Context, cache *blob.Cache, asJSON bool) error)
 		if err != nil {
 			return err
 		}
-		cache, err := newCache(cfg)
-		if err != nil {
-			return err
-		}
-		return run(c, cache, format == "json")
+		return run(c, cfg, format == "json")
 	}
 }
 
@@ -167,6 +186,9 @@ func printReport(w io.Writer, r blob.Report, dry bool) error {
 		return err
 	}
 	fmt.Fprintf(w, "%d blobs with %s; %s %d and %s %d, %s in all\n", r.Blobs, megabytes(r.Usage), did[0], len(r.Removed), did[1], len(r.Evicted), megabytes(r.Freed))
+	if r.Orphans > 0 {
+		fmt.Fprintf(w, "%s %d proofs of images that are gone\n", did[0], r.Orphans)
+	}
 	if r.Young > 0 {
 		fmt.Fprintf(w, "%d that nothing needs were written too lately; the first goes at %s\n", r.Young, r.Next.Format(time.DateTime))
 	}

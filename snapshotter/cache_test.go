@@ -47,13 +47,14 @@ func TestPlaceIsTheMountsPlace(t *testing.T) {
 // nothing needs.
 type cacheBed struct {
 	t            *testing.T
+	root         string
 	config, dir  string
 	image, stray string // blob ids
 }
 
 func newCacheBed(t *testing.T) *cacheBed {
 	root := t.TempDir()
-	b := &cacheBed{t: t, config: filepath.Join(t.TempDir(), "config.toml"), stray: strings.Repeat("5", 64)}
+	b := &cacheBed{t: t, root: root, config: filepath.Join(t.TempDir(), "config.toml"), stray: strings.Repeat("5", 64)}
 	b.write(b.config, fmt.Appendf(nil, "version = 1\nroot = %q\nrun_dir = %q\n[cache]\ngrace = \"0s\"\n", root, filepath.Join(t.TempDir(), "run")))
 	b.dir = mountspec.CacheDir(root, "r.example", "team/app")
 	testdata := filepath.Join("..", "pkg", "blobcheck", "testdata")

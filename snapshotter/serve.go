@@ -117,8 +117,9 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	defer func() { err = errors.Join(err, listener.remove()) }()
 
 	server := grpc.NewServer()
-	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sweeping{sn, cache}))
-	stop, err := startBackground(ctx, cfg, cache)
+	pulled := &pulled{root: cfg.Root, place: cache.Place, now: time.Now}
+	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sweeping{sn, cache, pulled}))
+	stop, err := startBackground(ctx, cfg, cache, pulled)
 	if err != nil {
 		return err
 	}
@@ -134,7 +135,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 
 // startBackground starts what looks after mounted images, until the returned function
 // is called.
-func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache) (stop func(), err error) {
+func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache, pulled *pulled) (stop func(), err error) {
 	reconciler := instance.NewReconciler(instance.ReconcilerConfig{
 		RunDir: cfg.RunDir, Root: cfg.Root, Linger: cfg.Mount.IdleLinger, Log: slog.Default(),
 	})
@@ -161,7 +162,9 @@ func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache) 
 	})
 	done.Go(func() { keepRunning(background, "daemons that hang are not noticed", hung.Run) })
 	if cfg.Mount.Driver != mountspec.DriverFUSE {
-		done.Go(func() { keepRunning(background, "complete images go on to be served by nydusd", proveImages(cfg)) })
+		done.Go(func() {
+			keepRunning(background, "complete images go on to be served by nydusd", proveImages(cfg, pulled))
+		})
 	}
 	return func() {
 		cancel()

@@ -34,7 +34,8 @@ type source struct {
 	// image is for people; living is the key of the instance that it is read by, empty
 	// for a snapshot's.
 	image, living string
-	// digest is that of a snapshot's bootstrap, as its layer records it.
+	// digest is that of the bootstrap, as its layer or its instance records it; empty when
+	// that does not tell.
 	digest string
 	// dir is the cache directory that it counts in, empty for all.
 	dir string
@@ -190,7 +191,7 @@ func (c *Cache) addLiving(r *refs) {
 		r.fail("", err)
 	}
 	for _, reader := range readers {
-		s := &source{image: reader.Image, living: reader.Key, where: reader.Bootstrap, open: func() (*os.File, error) { return os.Open(reader.Bootstrap) }}
+		s := &source{image: reader.Image, living: reader.Key, digest: reader.Digest, where: reader.Bootstrap, open: func() (*os.File, error) { return os.Open(reader.Bootstrap) }}
 		if reader.CacheDir != "" {
 			s.dir = filepath.Clean(reader.CacheDir)
 		}

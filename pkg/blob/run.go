@@ -65,6 +65,9 @@ func (c *Cache) tell(ctx context.Context, r Report, err error) {
 	if len(r.Removed)+len(r.Evicted) > 0 {
 		level = slog.LevelInfo
 	}
+	if r.Orphans > 0 {
+		attrs = append(attrs, slog.Int("proofs", r.Orphans))
+	}
 	if r.Busy > 0 {
 		attrs = append(attrs, slog.Int("open", r.Busy))
 	}

@@ -99,8 +99,10 @@ type directory struct {
 	host, repository string
 	blobs            []*cached
 	unknown          []string
-	// proofs says that there are proofs of images, which go before the blobs do.
+	// proofs says that there are proofs of images, which go before the blobs do. proven are
+	// the names of those that are whole.
 	proofs bool
+	proven []string
 }
 
 // scan lists the directories below root/cache.
@@ -185,6 +187,9 @@ func (d *directory) scanPrivate(root string) ([]*directory, error) {
 func (d *directory) proof(name string) bool {
 	is := proof.Is(name)
 	d.proofs = d.proofs || is
+	if strings.HasSuffix(name, proof.Suffix) {
+		d.proven = append(d.proven, name)
+	}
 	return is
 }
 

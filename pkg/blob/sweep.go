@@ -33,6 +33,9 @@ type Report struct {
 	Short int64 `json:"short"`
 	// Busy is how many were to go and are still open somewhere.
 	Busy int `json:"busy"`
+	// Orphans is how many proofs went of images that are not there any more; others may share
+	// their blobs.
+	Orphans int `json:"orphans"`
 	// Young is how many nothing needs, but are not old enough yet; the first of them
 	// is at Next.
 	Young int       `json:"young"`
@@ -64,6 +67,7 @@ func (c *Cache) Sweep(ctx context.Context, dry bool) (Report, error) {
 	}
 	w.unneeded(ctx)
 	w.evict(ctx)
+	w.disown()
 	if err := errors.Join(w.errs...); err != nil {
 		return out, fmt.Errorf("sweep cache: %w", err)
 	}
@@ -125,9 +129,7 @@ func (w *sweep) old(d *directory) (list []*cached) {
 			continue
 		}
 		w.report.Young++
-		if w.report.Next.IsZero() || at.Before(w.report.Next) {
-			w.report.Next = at
-		}
+		w.later(at)
 	}
 	return list
 }

@@ -1,6 +1,7 @@
 package blob
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -660,6 +661,79 @@ func TestProofsGoWithTheirBlobs(t *testing.T) {
 	}
 	if _, err := os.Lstat(stays); err != nil {
 		t.Errorf("the proof of what is still there: %v", err)
+	}
+}
+
+// A proof goes with its image, also when all its blobs stay.
+func TestProofsGoWithTheirImages(t *testing.T) {
+	b := newBed(t)
+	dir, elsewhere := b.dir("a"), b.dir("b")
+	shared := idOf(1)
+	pulled := func(repository, digest string) string {
+		layer := b.image(repository, bootstrap(shared))
+		b.write(filepath.Join(layer, "layer.json"), fmt.Appendf(nil, `{"version":1,"kind":"bootstrap","image":%q,"digest":%q,"path":"image/image.boot"}`, repository, digest))
+		return layer
+	}
+	digest := func(n int) string { return "sha256:" + idOf(n) }
+	proved := func(dir string, n int) string {
+		text, err := json.Marshal(proof.New(digest(n), []proof.Blob{{ID: shared}}))
+		b.must(err)
+		path := proof.Path(dir, digest(n))
+		b.write(path, text)
+		return path
+	}
+	there := func(path string) bool {
+		_, err := os.Lstat(path)
+		return err == nil
+	}
+	pulled("a", digest(11))
+	pulled("b", digest(12))
+	b.blob(dir, shared, chunks, 1)
+	b.blob(elsewhere, shared, chunks, 1)
+	key := b.instance("a", bootstrap(shared))
+	record := filepath.Join(b.run, "i", key, "record.json")
+	text, err := os.ReadFile(record)
+	b.must(err)
+	b.write(record, bytes.Replace(text, []byte(`"bootstrap_digest":""`), []byte(`"bootstrap_digest":"`+digest(13)+`"`), 1))
+	stays := []string{proved(dir, 11), proved(elsewhere, 12), proved(dir, 13)}
+	goes := []string{proved(dir, 12), proved(elsewhere, 11), proved(elsewhere, 14)}
+
+	now := b.now
+	b.now = time.Now()
+	if r := b.sweep(b.options()); r.Orphans > 0 || r.Next.IsZero() {
+		t.Errorf("young ones: %+v", r)
+	}
+	b.now = now
+	o := b.options()
+	if r, err := New(o).Sweep(t.Context(), true); err != nil || r.Orphans != len(goes) || !there(goes[0]) {
+		t.Errorf("dry: %+v, %v", r, err)
+	}
+	if r := b.sweep(o); r.Orphans != len(goes) || len(r.Removed) > 0 || len(r.Unknown) > 0 {
+		t.Errorf("%+v", r)
+	}
+	for _, path := range stays {
+		if !there(path) {
+			t.Errorf("%s is gone", path)
+		}
+	}
+	for _, path := range goes {
+		if there(path) {
+			t.Errorf("%s is still there", path)
+		}
+	}
+	if b.has(dir, shared) != "dmc" || b.has(elsewhere, shared) != "dmc" {
+		t.Error("a blob is gone")
+	}
+
+	// While it is not known what images there are none goes.
+	layer := pulled("a", "")
+	proved(dir, 12)
+	if r := b.sweep(o); r.Orphans > 0 || !there(goes[0]) {
+		t.Errorf("with an image of an unknown digest: %+v", r)
+	}
+	b.must(os.RemoveAll(layer))
+	if r := b.sweep(o); r.Orphans != 1 {
+		t.Errorf("without it: %+v", r)
 	}
 }
 

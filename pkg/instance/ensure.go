@@ -45,7 +45,11 @@ type Spec struct {
 	// Driver says whether the kernel may serve the image by itself, if its blobs are
 	// proven to be complete. An instance that serves stays as it is.
 	Driver mountspec.Driver
-	Daemon mountspec.Daemon
+	// IDMapped says that the image's filesystem is to be id-mapped, which the kernel's
+	// own can be alone. An instance that is served by a nydusd goes on for those who
+	// use it, and another generation is made.
+	IDMapped bool
+	Daemon   mountspec.Daemon
 	// Starting, when set, is called when a daemon has to be started, and ends
 	// with stop when that is done: ctx should end when the caller is told to, so
 	// that what was begun is undone. Finding an instance that serves is too
@@ -84,6 +88,9 @@ func Ensure(ctx context.Context, s Spec) (*Instance, error) {
 
 func (i *Instance) ensure(ctx context.Context, s Spec) error {
 	serves, err := i.serves(ctx)
+	if err == nil && serves && s.IDMapped && !i.rec.Current.Daemonless() {
+		serves, err = false, i.mappable(s)
+	}
 	if err != nil || serves {
 		return err
 	}
@@ -95,8 +102,10 @@ func (i *Instance) ensure(ctx context.Context, s Spec) error {
 		// What earlier daemons left must not keep the image from being mounted.
 		i.note("clean up: %v", err)
 	}
-	if ok, err := i.reattach(ctx); err != nil || ok {
-		return err
+	if !s.IDMapped { // what is brought back is nydusd's
+		if ok, err := i.reattach(ctx); err != nil || ok {
+			return err
+		}
 	}
 	err = i.start(ctx, s)
 	if err != nil {
@@ -208,11 +217,16 @@ func (i *Instance) start(ctx context.Context, s Spec) error {
 	i.describe(s)
 	if s.Driver == mountspec.DriverAuto || s.Driver == mountspec.DriverEROFS {
 		err := i.mountProven(ctx, s)
+		if err != nil && s.IDMapped {
+			return unmappable(err)
+		}
 		if err == nil || s.Driver == mountspec.DriverEROFS || ctx.Err() != nil {
 			return err
 		}
 		i.rec.Driver = mountspec.DriverFUSE
 		i.note("the image gets a nydusd: %v", err)
+	} else if s.IDMapped {
+		return unmappable(fmt.Errorf("driver %q wants a nydusd", s.Driver))
 	}
 	if s.shared() {
 		return i.board(ctx, s)

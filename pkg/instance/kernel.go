@@ -51,6 +51,30 @@ func (i *Instance) mountProven(ctx context.Context, s Spec) error {
 	return nil
 }
 
+// mappable tells why an image that a nydusd serves cannot be had without one. Only then it
+// is worth a second filesystem.
+func (i *Instance) mappable(s Spec) error {
+	if s.Driver != mountspec.DriverAuto && s.Driver != mountspec.DriverEROFS {
+		return unmappable(fmt.Errorf("driver %q wants a nydusd", s.Driver))
+	}
+	head, err := readHead(BootstrapPath(&i.rec))
+	if err != nil {
+		return unmappable(err)
+	}
+	proven, err := proof.Open(s.CacheDir, s.BootstrapDigest, head)
+	if err != nil {
+		return unmappable(err)
+	}
+	i.note("a container in a user namespace wants the image without nydusd, which serves it to those that have it")
+	return proven.Close()
+}
+
+// unmappable says why an image cannot be id-mapped, and what helps.
+func unmappable(err error) error {
+	return fmt.Errorf("for a container in a user namespace the image's owners are to be shifted, which FUSE cannot do, and it cannot be served without nydusd: %w; "+
+		"run it once the snapshotter has said that all of the image is in the cache, or without a user namespace", err)
+}
+
 // withoutDaemon mounts the image through the kernel.
 func (l *launch) withoutDaemon(ctx context.Context, rec *proof.Record) error {
 	s := l.spec

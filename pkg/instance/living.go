@@ -23,6 +23,8 @@ type Reader struct {
 	CacheDir string
 	// Bootstrap is the file that names the blobs.
 	Bootstrap string
+	// Digest is the bootstrap's; empty for an image of a shared daemon.
+	Digest string
 }
 
 // Readers lists what may be reading blobs, the ones that are about to begin, that
@@ -57,7 +59,7 @@ func (r *Record) readers(d dir) []Reader {
 		return nil
 	}
 	if !r.shared() {
-		return []Reader{{Key: r.Key, Image: r.Image, CacheDir: r.CacheDir, Bootstrap: BootstrapPath(r)}}
+		return []Reader{{Key: r.Key, Image: r.Image, CacheDir: r.CacheDir, Bootstrap: BootstrapPath(r), Digest: r.BootstrapDigest}}
 	}
 	var list []Reader
 	i := &Instance{dir: d, rec: *r}

@@ -22,6 +22,12 @@ type Overlay struct {
 	// Options are flags and overlay options as mount(8) takes them, such as
 	// "nodev" or "index=off". Later ones win: "dev" clears "nodev".
 	Options []string
+	// IDMap, when set, shifts the owners of what the lower directories hold, none of
+	// which may be FUSE's. The upper one is taken as it is. It takes Linux 5.19.
+	IDMap *IDMap
+	// Unmapped is how many of the lower directories, from the uppermost on, IDMap does
+	// not concern: what lies there belongs to the right owners already.
+	Unmapped int
 }
 
 // maxData is how much option text mount(2) takes: a page with its final NUL.
@@ -33,7 +39,13 @@ func (o Overlay) Mount(target string) error {
 	lower := o.Lower
 	if o.Upper == "" && len(lower) == 1 {
 		// The kernel refuses a read-only overlay of a single layer.
+		if o.IDMap != nil {
+			return bindMapped(lower[0], target, Flags(o.Options), o.IDMap)
+		}
 		return Bind(lower[0], target, append([]string{"ro"}, Flags(o.Options)...))
+	}
+	if o.IDMap != nil {
+		return o.mountMapped(target)
 	}
 	dir := ""
 	if len(o.data(lower)) > maxData() {
@@ -41,14 +53,18 @@ func (o Overlay) Mount(target string) error {
 	}
 	data := o.data(lower)
 	if len(data) > maxData() {
-		return fmt.Errorf("mount overlay on %s: the options for %d layers take %d bytes, the kernel takes %d: use an image with fewer layers or a shorter root directory",
-			target, len(lower), len(data), maxData())
+		return tooLong(target, len(lower), len(data))
 	}
 	err := at(dir, func() error { return mount.Mount("overlay", target, "overlay", data) })
 	if err != nil {
 		return fmt.Errorf("mount overlay: %w%s", err, hint(err))
 	}
 	return nil
+}
+
+func tooLong(target string, layers, size int) error {
+	return fmt.Errorf("mount overlay on %s: the options for %d layers take %d bytes, the kernel takes %d: use an image with fewer layers or a shorter root directory",
+		target, layers, size, maxData())
 }
 
 func (o Overlay) data(lower []string) string {

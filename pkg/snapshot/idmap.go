@@ -3,37 +3,61 @@ package snapshot
 import (
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/errdefs"
 )
 
-// checkIDMapping refuses a root filesystem that is to be shifted into a user
-// namespace by an id-mapped mount: a FUSE filesystem cannot be id-mapped.
+// idMapOptions are what id-maps a mount into a user namespace, as overlayfs's snapshotter
+// writes them: containerd performs them for an overlay, the mount helper for its own. They are
+// not sealed, since containerd leaves them out where it looks into a root filesystem itself.
 //
-// The same labels come when containerd has itself changed the owner of every
-// file in a layer of its own, which it does for a snapshotter that does not
-// claim the capability remap-ids. That layer is then the parent, and its root
-// directory belongs to the root of the user namespace.
-func checkIDMapping(labels map[string]string, parentFS string) error {
+// There are none without containerd's labels, nor when it has itself changed the owner of
+// every file in a layer of its own, which it does for a snapshotter that does not claim the
+// capability remap-ids. That layer is then the parent, and its root directory belongs to
+// the root of the user namespace.
+func idMapOptions(labels map[string]string, parentFS string) ([]string, error) {
 	uids, gids := labels[snapshots.LabelSnapshotUIDMapping], labels[snapshots.LabelSnapshotGIDMapping]
 	if uids == "" && gids == "" {
-		return nil
+		return nil, nil
 	}
 	info, err := os.Stat(parentFS)
 	if err != nil {
-		return fmt.Errorf("look at parent layer: %w", err)
+		return nil, fmt.Errorf("look at parent layer: %w", err)
 	}
 	st := info.Sys().(*syscall.Stat_t)
 	if hostID(uids) == int64(st.Uid) && hostID(gids) == int64(st.Gid) {
-		return nil
+		return nil, nil
 	}
-	return fmt.Errorf("a nydus image cannot be id-mapped into a user namespace (uid mapping %q, gid mapping %q); "+
-		"remove \"remap-ids\" from the capabilities of this snapshotter's proxy plugin, so that containerd changes the owners itself, "+
-		"or run the container without a user namespace: %w", uids, gids, errdefs.ErrFailedPrecondition)
+	return []string{"uidmap=" + uids, "gidmap=" + gids}, nil
+}
+
+// idMapped returns mounts of an ordinary image with the options.
+func idMapped(mounts []mount.Mount, options []string) []mount.Mount {
+	if len(options) == 0 {
+		return mounts
+	}
+	mounts = slices.Clone(mounts)
+	for i := range mounts {
+		mounts[i].Options = append(slices.Clone(options), mounts[i].Options...)
+	}
+	return mounts
+}
+
+// quoted returns the options for the mount helper, which gets all of them joined with commas.
+func quoted(options []string) []string {
+	out := make([]string, 0, len(options))
+	for _, o := range options {
+		if name, value, _ := strings.Cut(o, "="); strings.Contains(value, ",") {
+			o = name + "=" + strconv.Quote(value)
+		}
+		out = append(out, o)
+	}
+	return out
 }
 
 // hostID returns the host's id for the container's id 0 in a mapping such as

@@ -37,10 +37,16 @@ func (s *Snapshotter) extend(ctx context.Context, key string, plain []mount.Moun
 	if err != nil {
 		return nil, fmt.Errorf("mounts of %s: %w", key, err)
 	}
-	if image == nil {
-		return plain, nil
+	var mapping []string
+	if len(snap.ParentIDs) > 0 { // an empty directory has the right owner already
+		if mapping, err = idMapOptions(info.Labels, s.fs(snap.ParentIDs[0])); err != nil {
+			return nil, fmt.Errorf("mounts of %s: %w", key, err)
+		}
 	}
-	mounts, err := s.mounts(ctx, snap, info, image)
+	if image == nil {
+		return idMapped(plain, mapping), nil
+	}
+	mounts, err := s.mounts(ctx, snap, mapping, image)
 	if err != nil {
 		return nil, fmt.Errorf("mounts of %s%s: %w", key, ofImage(image.record.Image), err)
 	}
@@ -80,19 +86,28 @@ func (s *Snapshotter) findImage(parents []string) (*image, error) {
 	return nil, nil
 }
 
-func (s *Snapshotter) mounts(ctx context.Context, snap storage.Snapshot, info snapshots.Info, im *image) ([]mount.Mount, error) {
-	if err := checkIDMapping(info.Labels, s.fs(snap.ParentIDs[0])); err != nil {
-		return nil, err
+func (s *Snapshotter) mounts(ctx context.Context, snap storage.Snapshot, mapping []string, im *image) ([]mount.Mount, error) {
+	if len(mapping) > 0 && s.o.Driver == mountspec.DriverFUSE {
+		return nil, fmt.Errorf("a nydus image that nydusd serves cannot be id-mapped into a user namespace (%s); "+
+			"with [mount] driver = \"auto\" one that is complete in the cache can, "+
+			"and without \"remap-ids\" in the capabilities of this snapshotter's proxy plugin containerd changes the owners itself: %w",
+			strings.Join(mapping, ", "), errdefs.ErrFailedPrecondition)
 	}
 	spec, err := s.spec(ctx, snap.ID, im)
 	if err != nil {
 		return nil, err
 	}
 	spec.ReadOnly = snap.Kind == snapshots.KindView
-	if !s.o.Managed {
-		return s.sealed(spec)
+	if s.o.Managed && len(mapping) == 0 {
+		return s.managed(snap, spec)
 	}
-	return s.managed(snap, spec)
+	// containerd id-maps the directory that all lower ones have in common, with all that
+	// is mounted beneath. There may be none but /, so the helper does it, one by one.
+	mounts, err := s.sealed(spec)
+	if err == nil {
+		mounts[0].Options = append(mounts[0].Options, quoted(mapping)...)
+	}
+	return mounts, err
 }
 
 // managed returns the mounts for containerd's mount manager. It is not needed

@@ -621,14 +621,17 @@ func TestBadImageReference(t *testing.T) {
 	}
 }
 
+// idMapping are the labels of a container in a user namespace.
+func idMapping(uids, gids string) snapshots.Opt {
+	return snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotUIDMapping: uids, snapshots.LabelSnapshotGIDMapping: gids})
+}
+
 func TestIDMapping(t *testing.T) {
 	n := newNode(t)
 	chain := n.pull(n.data(), n.bootstrap("v6-merged"))
-	mapped := snapshots.WithLabels(map[string]string{
-		snapshots.LabelSnapshotUIDMapping: "0:100000:65536", snapshots.LabelSnapshotGIDMapping: "0:200000:65536",
-	})
+	mapped := idMapping("0:100000:65536", "0:200000:65536")
 	_, err := n.top.Prepare(n.ctx, "mapped", chain, mapped)
-	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "remap-ids") {
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "remap-ids") || !strings.Contains(err.Error(), "auto") {
 		t.Fatalf("got %v", err)
 	}
 	// containerd changes the owners itself, in a layer of its own.
@@ -640,6 +643,71 @@ func TestIDMapping(t *testing.T) {
 	}
 	if s := n.decode(mounts[0]); len(s.Lower) != 1 {
 		t.Fatalf("got %+v", s)
+	}
+}
+
+// TestIDMapped has the mount helper shift the owners.
+func TestIDMapped(t *testing.T) {
+	for _, managed := range []bool{false, true} {
+		n := newNode(t, func(o *Options) { o.Driver, o.Managed = mountspec.DriverAuto, managed })
+		chain := n.pull(n.data(), n.bootstrap("v6-merged"))
+		mapped := idMapping("0:100000:1000,1000:300000:1", "0:200000:65536")
+		prepared, err := n.top.Prepare(n.ctx, "mapped", chain, mapped)
+		must(t, err)
+		view, err := n.top.View(n.ctx, "view", chain, mapped)
+		must(t, err)
+		again, err := n.top.Mounts(n.ctx, "mapped")
+		must(t, err)
+		for i, m := range [][]mount.Mount{prepared, view, again} {
+			if len(m) != 1 || len(m[0].Options) != 3 {
+				t.Fatalf("managed %v: got %+v", managed, m)
+			}
+			// As one word with commas between them the helper gets them.
+			if got, want := strings.Join(m[0].Options[1:], ","), `uidmap="0:100000:1000,1000:300000:1",gidmap=0:200000:65536`; got != want {
+				t.Errorf("options %s, want %s", got, want)
+			}
+			m[0].Options = m[0].Options[:1]
+			s := n.decode(m[0])
+			if s.Kind != mountspec.KindRootfs || s.ReadOnly != (i == 1) {
+				t.Errorf("managed %v: got %+v", managed, s)
+			}
+			if s.ReadOnly {
+				continue
+			}
+			var st unix.Stat_t
+			must(t, unix.Stat(s.Upper(), &st))
+			if st.Uid != 100000 || st.Gid != 200000 {
+				t.Errorf("the upper directory belongs to %d:%d", st.Uid, st.Gid)
+			}
+		}
+		// Others are as they were.
+		if mounts, _ := n.container(chain); len(mounts[0].Options) != 1 {
+			t.Errorf("without a mapping: %+v", mounts)
+		}
+	}
+}
+
+// TestIDMappedPlain gives an ordinary image what overlayfs's snapshotter would.
+func TestIDMappedPlain(t *testing.T) {
+	n := newNode(t)
+	chain := n.pull(n.plain("a"), n.plain("b"))
+	one, err := n.top.Prepare(n.ctx, "mapped", chain, idMapping("0:100000:65536", "0:200000:65536"))
+	must(t, err)
+	if len(one) != 1 || one[0].Type != "overlay" || !reflect.DeepEqual(one[0].Options[:2], []string{"uidmap=0:100000:65536", "gidmap=0:200000:65536"}) {
+		t.Errorf("got %+v", one)
+	}
+	mounts, key := n.container(chain)
+	if strings.Contains(strings.Join(mounts[0].Options, " "), "idmap") {
+		t.Errorf("without a mapping: %+v", mounts)
+	}
+	must(t, os.Chown(upperOf(t, mounts), 100000, 200000), n.top.Commit(n.ctx, "remapped", key))
+	mounts, err = n.top.Prepare(n.ctx, "copied", "remapped", idMapping("0:100000:65536", "0:200000:65536"))
+	must(t, err)
+	if strings.Contains(strings.Join(mounts[0].Options, " "), "idmap") {
+		t.Errorf("what containerd has changed is mapped once more: %+v", mounts)
+	}
+	if mounts, err = n.top.Prepare(n.ctx, "empty", "", idMapping("0:100000:65536", "0:200000:65536")); err != nil || len(mounts) != 1 || len(mounts[0].Options) != 2 {
+		t.Errorf("an empty one: %+v, %v", mounts, err)
 	}
 }
 

@@ -50,7 +50,7 @@ type Sealer interface {
 	Seal(*mountspec.Spec) (string, error)
 }
 
-// Options is what a Snapshotter needs. All but Blobs and Plain are required.
+// Options is what a Snapshotter needs. All but Blobs, Now and Plain are required.
 type Options struct {
 	// Root holds layers, database and cache. The caller makes sure that no
 	// other snapshotter uses it.
@@ -70,6 +70,8 @@ type Options struct {
 	Sealer Sealer
 	// Blobs, when set, tells what data layers occupy.
 	Blobs Blobs
+	// Now is the clock; nil for the real one.
+	Now func() time.Time
 	// Plain, when set, puts credentials into nydusd's configuration, where
 	// everybody can read them, instead of sealing them.
 	Plain func(config string, c *mountspec.Credentials) (string, error)
@@ -77,13 +79,14 @@ type Options struct {
 
 // Snapshotter implements containerd's Snapshotter and Cleaner.
 type Snapshotter struct {
-	snapshots.Snapshotter // overlay; Stat, Walk and Remove are its own
+	snapshots.Snapshotter // overlay; Walk is its own
 
 	o       Options
 	store   *storage.MetaStore
 	overlay []string // options of every overlay mount, the wrapped one's too
 	ignored ignored
 	owners  owners
+	told    told
 }
 
 var (

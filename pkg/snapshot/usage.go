@@ -47,19 +47,31 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 	if info.Kind != snapshots.KindCommitted {
 		return usage, nil
 	}
-	r, err := readRecord(s.dir(id))
+	n, err := s.dataUsage(ctx, id)
 	if err != nil {
 		return usage, fmt.Errorf("usage of %s: %w", key, err)
 	}
+	if n >= 0 {
+		s.told.usage(id, n)
+		usage.Size += n
+	}
+	return usage, nil
+}
+
+// dataUsage is what the blob of a data layer occupies, and -1 for another layer.
+func (s *Snapshotter) dataUsage(ctx context.Context, id string) (int64, error) {
+	r, err := readRecord(s.dir(id))
+	if err != nil {
+		return 0, err
+	}
 	if r == nil || r.Kind != kindData || r.Blob == "" {
-		return usage, nil
+		return -1, nil
 	}
 	n, err := s.blobUsage(ctx, id, r)
 	if err != nil {
-		return usage, fmt.Errorf("usage of nydus data layer %s%s: %w", key, ofImage(r.Image), err)
+		return 0, fmt.Errorf("nydus data layer%s: %w", ofImage(r.Image), err)
 	}
-	usage.Size += n
-	return usage, nil
+	return n, nil
 }
 
 func (s *Snapshotter) blobUsage(ctx context.Context, id string, r *record) (int64, error) {

@@ -32,7 +32,11 @@ func (n *Node) containerdConfig() ([]byte, error) {
 }
 
 func (n *Node) proxyPlugin() table {
-	return table{"type": "snapshot", "address": n.snapshotterSocket()}
+	plugin := table{"type": "snapshot", "address": n.snapshotterSocket()}
+	if len(n.cfg.Capabilities) > 0 {
+		plugin["capabilities"] = n.cfg.Capabilities
+	}
+	return plugin
 }
 
 // runtimes is CRI's table of runtimes, with the hooks in a base specification if asked for.

@@ -52,6 +52,9 @@ type NodeConfig struct {
 	// Path comes first in the PATH of containerd, the snapshotter and, until the
 	// test ends, of the program itself, since containerd's client mounts images too.
 	Path string
+	// Capabilities are those of the snapshotter's proxy plugin, which containerd 1.6
+	// knows none of.
+	Capabilities []string
 	// Env is added to the environment of containerd and the snapshotter.
 	Env []string
 }

@@ -17,6 +17,7 @@ var changing = []uint64{
 	unix.SYS_MOUNT, unix.SYS_UMOUNT2, unix.SYS_OPENAT, unix.SYS_MKDIRAT, unix.SYS_LINKAT, unix.SYS_UNLINKAT, unix.SYS_RENAMEAT,
 	unix.SYS_WRITE, unix.SYS_FSYNC, unix.SYS_FLOCK, unix.SYS_CLOSE, unix.SYS_CLONE, unix.SYS_CLONE3, unix.SYS_WAIT4,
 	unix.SYS_PRLIMIT64, unix.SYS_EXIT_GROUP, unix.SYS_FSOPEN, unix.SYS_FSCONFIG, unix.SYS_FSMOUNT, unix.SYS_MOVE_MOUNT,
+	unix.SYS_OPEN_TREE, unix.SYS_MOUNT_SETATTR, unix.SYS_UNSHARE,
 }
 
 // trace is a run of a program under ptrace, in which something happens when it is

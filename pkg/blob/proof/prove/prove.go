@@ -46,12 +46,63 @@ var (
 	ErrIncomplete = errors.New("not complete in the cache")
 	// ErrWrong says that the cache has other data than the image.
 	ErrWrong = errors.New("the cache has other data than the image")
+	// ErrRecent says that somebody has written to a file within the last two seconds; it
+	// wraps ErrIncomplete.
+	ErrRecent = fmt.Errorf("%w: it was just written to", ErrIncomplete)
 )
 
+// Missing is what the cache lacks of an image, by nydusd's own word. It wraps ErrIncomplete.
+type Missing struct {
+	// Blobs are those that are not all there, in the order of the device slots.
+	Blobs []Lack
+}
+
+// Lack is a blob that is not all there. Ready of its chunks are.
+type Lack struct {
+	Blob   string `json:"blob"`
+	Ready  int    `json:"ready"`
+	Chunks int    `json:"chunks"`
+}
+
+func (m *Missing) Error() string {
+	const named = 3
+	text := make([]string, 0, named+1)
+	for i, b := range m.Blobs {
+		if i == named {
+			text = append(text, fmt.Sprintf("and %d more blobs are not all there", len(m.Blobs)-named))
+			break
+		}
+		text = append(text, fmt.Sprintf("blob %s has %d of %d chunks", b.Blob, b.Ready, b.Chunks))
+	}
+	return fmt.Sprintf("%v: %s", ErrIncomplete, strings.Join(text, ", "))
+}
+
+// Unwrap makes it an ErrIncomplete.
+func (m *Missing) Unwrap() error { return ErrIncomplete }
+
+// Image is one that may be proven.
+type Image struct {
+	// Name is for people.
+	Name string
+	// CacheDir has its blobs, Bootstrap is the path of its bootstrap, Digest that file's.
+	CacheDir, Bootstrap, Digest string
+	// Open, when set, opens the bootstrap with more care than a path allows. An error that
+	// wraps fs.ErrNotExist says that the image is gone.
+	Open func() (*os.File, error)
+}
+
+func (im *Image) open() (*os.File, error) {
+	if im.Open != nil {
+		return im.Open()
+	}
+	return proof.OpenRegular(im.Bootstrap)
+}
+
+// Settled is how long nobody may have written to a file that is proven: a change within the
+// same tick of the kernel's clock would not show in its times.
+const Settled = 2 * time.Second
+
 const (
-	// settled is how long nobody may have written to a file that is proven: a change
-	// within the same tick of the kernel's clock would not show in its times.
-	settled = 2 * time.Second
 	// maxChunks bounds how many chunks an image may have that is proven: each takes 56
 	// bytes of memory.
 	maxChunks = 4 << 20
@@ -59,16 +110,20 @@ const (
 	maxBootstrap = 1 << 30
 )
 
-// Prover proves images. The zero value reads as fast as it can.
+// Prover proves images, one at a time. The zero value reads as fast as it can.
 type Prover struct {
 	// Rate bounds how many bytes a second are read; nil for no bound. Its burst is at
 	// least rafs.MaxChunkSize.
 	Rate *rate.Limiter
+	// Progress, when set, is told how many bytes of how many were compared.
+	Progress func(done, total int64)
 	// Now is the clock; nil for the real one.
 	Now func() time.Time
 	// Step, when set, is called before each step that changes or compares something, for
 	// tests that end there.
 	Step func(name string)
+
+	compared, all int64 // bytes, of one image
 }
 
 // NewRate is a bound of so many bytes a second for Prover.
@@ -86,17 +141,24 @@ func (p *Prover) step(name string) {
 // it is proven already: done is false then. The error wraps ErrIncomplete when it may be possible later, ErrWrong
 // when what the cache has is wrong, and proof.ErrNotProven when it can never be.
 func (p *Prover) Prove(ctx context.Context, cacheDir, bootstrap, digest string) (done bool, err error) {
-	if done, err = p.prove(ctx, cacheDir, bootstrap, digest); err != nil {
-		return false, fmt.Errorf("prove that the image is in the cache directory %s: %w", cacheDir, err)
+	return p.Image(ctx, Image{CacheDir: cacheDir, Bootstrap: bootstrap, Digest: digest})
+}
+
+// Image is Prove for an image.
+func (p *Prover) Image(ctx context.Context, im Image) (done bool, err error) {
+	if done, err = p.prove(ctx, im, nil); err != nil {
+		return false, fmt.Errorf("prove that the image is in the cache directory %s: %w", im.CacheDir, err)
 	}
 	return done, nil
 }
 
-func (p *Prover) prove(ctx context.Context, cacheDir, path, digest string) (done bool, err error) {
+// prove tells known, if set, what the bootstrap says as soon as it is read.
+func (p *Prover) prove(ctx context.Context, im Image, known func(*rafs.Bootstrap)) (done bool, err error) {
+	cacheDir, digest := im.CacheDir, im.Digest
 	if proof.Path(cacheDir, digest) == "" {
 		return false, fmt.Errorf("%w: bootstrap digest %.80q is not sha256: and 64 lowercase hex digits", proof.ErrNotProven, digest)
 	}
-	f, size, err := openBootstrap(path)
+	f, size, err := openBootstrap(&im)
 	if err != nil {
 		return false, err
 	}
@@ -104,6 +166,9 @@ func (p *Prover) prove(ctx context.Context, cacheDir, path, digest string) (done
 	b, err := rafs.Open(f, size)
 	if err != nil {
 		return false, fmt.Errorf("read bootstrap: %w", err)
+	}
+	if known != nil {
+		known(b)
 	}
 	if Valid(cacheDir, digest, b) {
 		return false, nil
@@ -121,6 +186,7 @@ func (p *Prover) prove(ctx context.Context, cacheDir, path, digest string) (done
 	if err != nil {
 		return false, err
 	}
+	p.begin(tables)
 	rec := proof.New(digest, []proof.Blob{})
 	for i := range tables {
 		file, err := p.blob(ctx, cacheDir, &tables[i])
@@ -144,14 +210,14 @@ func Valid(cacheDir, digest string, b *rafs.Bootstrap) bool {
 	return proven.Close() == nil
 }
 
-func openBootstrap(path string) (*os.File, int64, error) {
-	f, err := proof.OpenRegular(path)
+func openBootstrap(im *Image) (*os.File, int64, error) {
+	f, err := im.open()
 	if err != nil {
 		return nil, 0, fmt.Errorf("open bootstrap: %w", err)
 	}
 	info, err := f.Stat()
 	if err == nil && info.Size() > maxBootstrap {
-		err = fmt.Errorf("%s has more than %d bytes", path, maxBootstrap)
+		err = fmt.Errorf("%s has more than %d bytes", f.Name(), maxBootstrap)
 	}
 	if err != nil {
 		return nil, 0, errors.Join(fmt.Errorf("open bootstrap: %w", err), f.Close())
@@ -161,20 +227,41 @@ func openBootstrap(path string) (*os.File, int64, error) {
 
 // present tells whether nydusd has everything, by its own word. It reads no data.
 func present(cacheDir string, b *rafs.Bootstrap) error {
+	missing := &Missing{}
 	for i := range b.Blobs {
 		blob := &b.Blobs[i]
 		m, err := chunkmap.Open(cacheDir, blob.ID, blob.ChunkCount)
-		if errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("%w: %w", ErrIncomplete, err)
-		}
-		if err != nil {
+		switch {
+		case errors.Is(err, os.ErrNotExist):
+			missing.Blobs = append(missing.Blobs, Lack{Blob: blob.ID, Chunks: int(blob.ChunkCount)})
+		case err != nil:
 			return err
-		}
-		if !m.Complete() {
-			return fmt.Errorf("%w: blob %s has %d of %d chunks", ErrIncomplete, blob.ID, m.Ready(), m.Len())
+		case !m.Complete():
+			missing.Blobs = append(missing.Blobs, Lack{Blob: blob.ID, Ready: m.Ready(), Chunks: m.Len()})
 		}
 	}
+	if len(missing.Blobs) > 0 {
+		return missing
+	}
 	return nil
+}
+
+// begin learns how much there is to compare.
+func (p *Prover) begin(tables []rafs.ChunkTable) {
+	p.compared, p.all = 0, 0
+	for i := range tables {
+		for n := range tables[i].Len() {
+			p.all += int64(tables[i].At(n).RawSize)
+		}
+	}
+}
+
+// advance tells that so much more was compared.
+func (p *Prover) advance(bytes uint32) {
+	p.compared += int64(bytes)
+	if p.Progress != nil {
+		p.Progress(p.compared, p.all)
+	}
 }
 
 func checkDigest(r io.Reader, want string) error {
@@ -237,8 +324,8 @@ func (p *Prover) now() time.Time {
 
 func (p *Prover) settle(f proof.File) error {
 	latest := max(f.Mtime, f.Change)
-	if ago := p.now().Sub(time.Unix(0, latest)); ago < settled {
-		return fmt.Errorf("%w: it was written to %s ago", ErrIncomplete, ago)
+	if ago := p.now().Sub(time.Unix(0, latest)); ago < Settled {
+		return fmt.Errorf("%w: %s ago", ErrRecent, ago)
 	}
 	return nil
 }
@@ -273,6 +360,7 @@ func (p *Prover) compare(ctx context.Context, f *os.File, t *rafs.ChunkTable) er
 		if !ok {
 			return fmt.Errorf("%w: chunk %d, %d bytes at %d, has another digest", ErrWrong, c.Index, c.RawSize, c.RawOffset)
 		}
+		p.advance(c.RawSize)
 	}
 	return nil
 }

@@ -283,6 +283,10 @@ func stopAt(n int, reached chan<- struct{}) func(string) {
 	}
 }
 
+func imageOf(name string, im *prooftest.Image) Image {
+	return Image{Name: name, CacheDir: im.CacheDir, Bootstrap: im.Bootstrap, Digest: im.Digest}
+}
+
 // TestBackground waits for an image to be proven that becomes complete.
 func TestBackground(t *testing.T) {
 	root := t.TempDir()
@@ -296,14 +300,14 @@ func TestBackground(t *testing.T) {
 	said := new(strings.Builder)
 	b := Background{
 		Root: root, Every: time.Millisecond, Log: slog.New(slog.NewTextHandler(said, nil)), Prover: Prover{Now: prooftest.Later},
-		Images: func() ([]Image, error) {
+		Images: func(context.Context) ([]Image, error) {
 			switch passes++; passes {
 			case 3:
 				must(t, os.Rename(im.Map(0)+".later", im.Map(0)))
 			case 6:
 				cancel()
 			}
-			return []Image{{"broken", broken.CacheDir, broken.Bootstrap, broken.Digest}, {"good", im.CacheDir, im.Bootstrap, im.Digest}},
+			return []Image{imageOf("broken", broken), imageOf("good", im), imageOf("the same", im)},
 				errors.New("one more cannot be read")
 		},
 	}
@@ -312,10 +316,128 @@ func TestBackground(t *testing.T) {
 	if err := proven(t, broken); err == nil {
 		t.Error("a broken image is proven")
 	}
-	for what, want := range map[string]int{"event=proven": 1, "event=damaged": 1, "one more cannot be read": 6} {
+	for what, want := range map[string]int{"event=proven": 1, "event=damaged": 1, "one more cannot be read": 5} {
 		if n := strings.Count(said.String(), what); n != want {
 			t.Errorf("%q is in the log %d times, want %d:\n%s", what, n, want, said)
 		}
+	}
+}
+
+// watched is an image in the background whose bootstrap is read so many times.
+type watched struct {
+	t     *testing.T
+	b     Background
+	im    *prooftest.Image
+	reads int
+	now   time.Time
+}
+
+func newWatched(t *testing.T) *watched {
+	w := &watched{t: t, im: prooftest.New(t, testdata, "v6-merged", t.TempDir()), now: time.Now().Add(10 * time.Minute)}
+	w.b = Background{
+		Log: slog.New(slog.DiscardHandler), Prover: Prover{Now: func() time.Time { return w.now }},
+		Images: func(context.Context) ([]Image, error) {
+			im := imageOf("watched", w.im)
+			im.Open = func() (*os.File, error) {
+				w.reads++
+				return os.Open(w.im.Bootstrap)
+			}
+			return []Image{im}, nil
+		},
+	}
+	return w
+}
+
+// pass expects the bootstrap to be read in the next pass, or not.
+func (w *watched) pass(what string, read bool) {
+	w.t.Helper()
+	before := w.reads
+	w.b.pass(w.t.Context())
+	if (w.reads > before) != read {
+		w.t.Errorf("%s: the bootstrap was read %d times, want %t", what, w.reads-before, read)
+	}
+}
+
+// TestBackgroundLooksOnce reads nothing again of what has not changed.
+func TestBackgroundLooksOnce(t *testing.T) {
+	w := newWatched(t)
+	at(t, w.im.Map(1), 4096, 0xfe)
+	w.pass("for the first time", true)
+	w.pass("incomplete", false)
+	w.now = w.now.Add(again)
+	w.pass("incomplete for long", true)
+	must(t, os.WriteFile(w.im.Map(1), prooftest.ChunkMap(w.im.Head.Blobs[1].ChunkCount), 0o600))
+	w.pass("complete", true)
+	must(t, proven(t, w.im))
+	w.pass("proven", false)
+	must(t, os.Remove(w.im.Proof()))
+	w.pass("without its proof", true)
+	must(t, proven(t, w.im))
+	must(t, os.Rename(w.im.Data(0), w.im.Data(0)+".old"))
+	w.pass("without data", true)
+	w.pass("still without data", false)
+
+	// What was just written may be marked as there without a trace.
+	at(t, w.im.Map(1), 4096, 0xfe)
+	w.now = time.Now().Add(quiet / 2)
+	w.pass("just written", true)
+	w.pass("a little later", true)
+	w.now = time.Now().Add(2 * quiet)
+	w.pass("when it is quiet", true)
+	w.pass("in the quiet", false)
+}
+
+// TestBackgroundLeavesDamaged does not read blobs again and again that are wrong.
+func TestBackgroundLeavesDamaged(t *testing.T) {
+	w := newWatched(t)
+	punch(t, w.im.Data(0))
+	w.pass("damaged", true)
+	w.pass("damaged still", false)
+	w.now = w.now.Add(2 * firstRetry)
+	w.pass("damaged as it was", false)
+	punch(t, w.im.Data(0))
+	w.pass("written", true)
+	punch(t, w.im.Data(0))
+	w.now = w.now.Add(firstRetry)
+	w.pass("written too soon", false)
+	w.now = w.now.Add(2 * firstRetry)
+	w.pass("written", true)
+	w.now = w.now.Add(lastRetry + time.Second)
+	w.pass("a day later", true)
+}
+
+func TestMissing(t *testing.T) {
+	im := prooftest.New(t, testdata, "v6-merged", t.TempDir())
+	at(t, im.Map(1), 4096, 0xfe)
+	must(t, os.Remove(im.Map(0)))
+	err := prove(t, im)
+	var m *Missing
+	if !errors.As(err, &m) || !errors.Is(err, ErrIncomplete) || len(m.Blobs) != 2 {
+		t.Fatalf("got %v", err)
+	}
+	for i, b := range m.Blobs {
+		chunks := int(im.Head.Blobs[i].ChunkCount)
+		if want := (Lack{im.Head.Blobs[i].ID, i * (chunks - 1), chunks}); b != want || !strings.Contains(err.Error(), b.Blob) {
+			t.Errorf("got %+v, want %+v: %v", b, want, err)
+		}
+	}
+}
+
+func TestProgress(t *testing.T) {
+	im := prooftest.New(t, testdata, "v6-merged", t.TempDir())
+	last, all := int64(0), int64(0)
+	p := Prover{Now: prooftest.Later, Progress: func(done, total int64) {
+		if done <= last || all != 0 && total != all {
+			t.Errorf("%d of %d after %d of %d", done, total, last, all)
+		}
+		last, all = done, total
+	}}
+	for range 2 {
+		if _, err := p.Prove(t.Context(), im.CacheDir, im.Bootstrap, im.Digest); err != nil || last == 0 || last != all {
+			t.Errorf("%d of %d, %v", last, all, err)
+		}
+		must(t, os.Remove(im.Proof()))
+		last = 0
 	}
 }
 

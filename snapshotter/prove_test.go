@@ -1,0 +1,112 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
+)
+
+// pull makes another image of a name, with the bootstrap of the first one or another, and
+// returns its digest.
+func (b *cacheBed) pull(layer, image string, boot []byte) string {
+	b.t.Helper()
+	sum := sha256.Sum256(boot)
+	digest := "sha256:" + hex.EncodeToString(sum[:])
+	dir := filepath.Join(b.root, "snapshots", layer)
+	b.write(filepath.Join(dir, "fs", "image", "image.boot"), boot)
+	b.write(filepath.Join(dir, "layer.json"), fmt.Appendf(nil, `{"version":1,"kind":"bootstrap","image":%q,"digest":%q,"path":"image/image.boot"}`, image, digest))
+	return digest
+}
+
+func (b *cacheBed) prove(args ...string) ([]proven, error) {
+	b.t.Helper()
+	out, err := b.run(append([]string{"prove", "--format", "json"}, args...)...)
+	var list []proven
+	must(b.t, json.Unmarshal([]byte(out), &list))
+	return list, err
+}
+
+func TestCacheProve(t *testing.T) {
+	b := newCacheBed(t)
+	testdata := filepath.Join("..", "pkg", "blobcheck", "testdata")
+	good := b.pull("1", "r.example/team/app:1", b.unzip(filepath.Join(testdata, "v6-none-4k.boot.gz")))
+	b.pull("2", "r.example/team/app:2", b.unzip(filepath.Join(testdata, "v6-none-4k.boot.gz"))) // by another name
+	b.pull("3", "r.example/other:1", b.unzip(filepath.Join(testdata, "v6-merged.boot.gz")))
+	b.pull("4", "r.example/old:5", b.unzip(filepath.Join("..", "pkg", "rafs", "testdata", "v5-merged.boot.gz")))
+
+	// It waits until what was just written has settled.
+	list, err := b.prove("r.example/team/app:1")
+	if err != nil || len(list) != 1 || !list[0].Proven || !list[0].New || list[0].Digest != good || list[0].Directory != b.dir {
+		t.Fatalf("got %+v, %v", list, err)
+	}
+	if _, err := os.Stat(proof.Path(b.dir, good)); err != nil {
+		t.Error(err)
+	}
+	list, err = b.prove("r.example/team/app:2", "r.example/team/app:1")
+	if err != nil || len(list) != 2 || !list[0].Proven || list[0].New || list[0].Image != "r.example/team/app:2" {
+		t.Errorf("got %+v, %v", list, err)
+	}
+	list, err = b.prove()
+	if err == nil || !strings.Contains(err.Error(), "2 of 4 images are not proven") || len(list) != 4 {
+		t.Fatalf("got %+v, %v", list, err)
+	}
+	byName := map[string]proven{}
+	for _, p := range list {
+		byName[p.Image] = p
+	}
+	if p := byName["r.example/other:1"]; len(p.Missing) == 0 || p.Missing[0].Chunks == 0 || p.Missing[0].Ready > 0 {
+		t.Errorf("of what is missing it says %+v", p)
+	}
+	if p := byName["r.example/old:5"]; len(p.Missing) > 0 || !strings.Contains(p.Reason, "the kernel reads v6") {
+		t.Errorf("of v5 it says %+v", p)
+	}
+	out, err := b.run("prove")
+	for _, want := range []string{"IMAGE ", good[7:19] + "  before", "chunks of blob", "the kernel reads v6"} {
+		if err == nil || !strings.Contains(out, want) {
+			t.Errorf("it says\n%s(%v) without %q", out, err, want)
+		}
+	}
+	if list, err := b.prove("r.example/team/app:1", "r.example/none:1"); err == nil || !strings.Contains(err.Error(), `"r.example/none:1"`) || len(list) != 1 || !list[0].Proven {
+		t.Errorf("an image that is not there: %+v, %v", list, err)
+	}
+}
+
+// TestPulledImages lists them again only when there may be others.
+func TestPulledImages(t *testing.T) {
+	b := newCacheBed(t)
+	now := time.Now()
+	place := func(_ context.Context, ref, _ string) (string, error) {
+		if ref == "nowhere" {
+			return "", errors.New("no such backend")
+		}
+		return b.dir, nil
+	}
+	p := &pulled{root: b.root, place: place, now: func() time.Time { return now }}
+	expect := func(want int) {
+		t.Helper()
+		list, err := p.images(t.Context())
+		if err != nil || len(list) != want {
+			t.Errorf("got %+v, %v; want %d", list, err, want)
+		}
+	}
+	expect(1)
+	b.pull("2", "r.example/a:1", []byte("a"))
+	b.pull("3", "nowhere", []byte("b"))
+	expect(1)
+	p.Changed()
+	expect(2)
+	expect(2)
+	b.pull("4", "r.example/c:1", []byte("c"))
+	now = now.Add(relist)
+	expect(3)
+}
