@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
@@ -175,8 +176,8 @@ func (a *author) deed(s *sheet) {
 // name is a new one: short, long, odd, or far below.
 func (a *author) name(s *sheet) string {
 	name := a.anyName(s)
-	if len(name) > 99 {
-		// It is told by a PAX record then, which nydus-image ends at a line's end.
+	if len(name) > 90 || strings.ContainsFunc(name, func(r rune) bool { return r > unicode.MaxASCII }) {
+		// It, or its whiteout's, is told by a PAX record then, which nydus-image ends at a line's end.
 		name = strings.ReplaceAll(name, "\n", "_")
 	}
 	return name

@@ -269,7 +269,7 @@ func (e *env) everyWay(f *fixture, r recipe) {
 
 	warm := e.by(mountspec.DriverFUSE, full)
 	target := e.mustMount(warm)
-	err := e.proven(full, r.never == "")
+	err := e.proven(full, nil)
 	e.same("through FUSE, warm", f, warm, target, mountspec.DriverFUSE)
 	e.unmount(target)
 	must(e.t, e.tidy(soon))
@@ -297,8 +297,9 @@ func (e *env) refused(f *fixture, s *mountspec.Spec) {
 	e.compare("by auto", f, e.by(mountspec.DriverAuto, s), mountspec.DriverFUSE)
 }
 
-// proven waits until the image is proven, or is told never to be.
-func (e *env) proven(s *mountspec.Spec, can bool) error {
+// proven waits until the image is proven or cannot be, or until enough, if there is such,
+// says that it is not going to be.
+func (e *env) proven(s *mountspec.Spec, enough func(error) bool) error {
 	e.t.Helper()
 	ctx, cancel := context.WithTimeout(e.t.Context(), time.Minute)
 	defer cancel()
@@ -308,16 +309,13 @@ func (e *env) proven(s *mountspec.Spec, can bool) error {
 	defer tick.Stop()
 	for {
 		_, err := p.Prove(ctx, s.CacheDir, s.Bootstrap, s.BootstrapDigest)
-		if !errors.Is(err, prove.ErrIncomplete) {
+		if !errors.Is(err, prove.ErrIncomplete) || enough != nil && enough(err) {
 			return err
 		}
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			if can {
-				e.t.Fatal(err)
-			}
-			return err
+			e.t.Fatal(err)
 		}
 	}
 }
