@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
@@ -115,17 +116,22 @@ func scan(root string) ([]*directory, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list cache directories: %w", err)
 	}
-	var list []*directory
-	var errs []error
-	for _, e := range entries {
+	// Most of the time goes into asking what each file is like, which takes many directories
+	// at once.
+	found, errs := make([][]*directory, len(entries)), make([]error, len(entries))
+	var all errgroup.Group
+	all.SetLimit(beside)
+	for i, e := range entries {
 		if !e.IsDir() {
-			list = append(list, &directory{path: top, cache: top, unknown: []string{filepath.Join(top, e.Name())}})
+			found[i] = []*directory{{path: top, cache: top, unknown: []string{filepath.Join(top, e.Name())}}}
 			continue
 		}
-		more, err := scanCache(root, filepath.Join(top, e.Name()))
-		list, errs = append(list, more...), append(errs, err)
+		all.Go(func() error {
+			found[i], errs[i] = scanCache(root, filepath.Join(top, e.Name()))
+			return nil
+		})
 	}
-	return list, errors.Join(errs...)
+	return slices.Concat(found...), errors.Join(append(errs, all.Wait())...)
 }
 
 // scanCache lists a cache directory and the private ones in it.

@@ -90,6 +90,7 @@ func main() {
 		fmt.Println(gatewayName)
 		fmt.Println(recoveryName)
 		fmt.Println(watchName)
+		fmt.Println(manyName)
 		return
 	}
 	kit.Enter(func() int { return run(o) })
@@ -128,6 +129,7 @@ func (l *lab) sessions() error {
 		{l.options.wants(gatewayName), l.gateway},
 		{l.options.wants(recoveryName), l.recovery},
 		{l.options.wants(watchName), l.watching},
+		{l.options.wants(manyName), l.many},
 	} {
 		if !s.wanted {
 			continue

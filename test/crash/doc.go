@@ -3,11 +3,12 @@
 // hang, and nothing may be left.
 //
 // TestMatrix has a cell for each victim, daemon, style and mode. TestSoak does
-// everything that a node does in random order. Both take their chances from a
-// seed, which they print:
+// everything that a node does in random order. TestDaemonless takes images to mounts
+// without a daemon and back, and kills all that has a part in it. All take their
+// chances from a seed, which they print:
 //
 //	CRASH_SEED=N       repeats a run: the same cells, the same deeds
-//	CRASH_KILLS=N      kills in each cell (2)
+//	CRASH_KILLS=N      kills in each cell (2), and in TestDaemonless (24)
 //	CRASH_CELLS=all    every cell instead of a pairwise sample
 //	SOAK_TIME=DURATION how long TestSoak goes on (60s)
 //

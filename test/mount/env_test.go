@@ -254,6 +254,7 @@ type fixture struct {
 	blobs   string
 	tree    kit.Tree
 	version string // RAFS version; v6 if empty
+	number  uint64 // of the recipe, see TestImages
 }
 
 // lasting gives the kit directories that live as long as the whole run.

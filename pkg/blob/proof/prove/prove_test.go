@@ -2,6 +2,9 @@ package prove
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"log/slog"
 	"os"
@@ -218,6 +221,26 @@ func TestNever(t *testing.T) {
 	cancel()
 	if _, err := p.Prove(ctx, im.CacheDir, im.Bootstrap, im.Digest); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
+	}
+}
+
+// TestEncrypted has bootstraps that say of a blob that its chunks are encrypted, or batched:
+// their digests are not those of what the kernel would read.
+func TestEncrypted(t *testing.T) {
+	const table, features, batch, encrypted = 1160, 84, 1 << 7, 1 << 8
+	for name, bit := range map[string]uint32{"batch": batch, "encrypted": encrypted} {
+		im := prooftest.New(t, testdata, "v6-none-4k", t.TempDir())
+		boot, err := os.ReadFile(im.Bootstrap)
+		must(t, err)
+		le := binary.LittleEndian
+		entry := boot[le.Uint64(boot[table:])+features:]
+		le.PutUint32(entry, le.Uint32(entry)|bit)
+		must(t, os.WriteFile(im.Bootstrap, boot, 0o600))
+		sum := sha256.Sum256(boot)
+		im.Digest = "sha256:" + hex.EncodeToString(sum[:])
+		if err := prove(t, im); !errors.Is(err, proof.ErrNotProven) || !strings.Contains(err.Error(), "no digests") {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 
