@@ -93,6 +93,9 @@ func (b *boarding) enter(ctx context.Context) (string, error) {
 	if err := b.begin(m.Name); err != nil {
 		return "", err
 	}
+	if err := b.trustCache(ctx); err != nil {
+		return "", err
+	}
 	if err := b.passCache(ctx); err != nil {
 		return "", err
 	}

@@ -120,6 +120,9 @@ func (l *launch) prepare(ctx context.Context) error {
 		return err
 	}
 	if !l.shared { // whose images pass one by one
+		if err := l.trustCache(ctx); err != nil {
+			return err
+		}
 		if err := l.passCache(ctx); err != nil {
 			return err
 		}
