@@ -99,6 +99,9 @@ func (b *boarding) enter(ctx context.Context) (string, error) {
 	if err := b.passCache(ctx); err != nil {
 		return "", err
 	}
+	if err := b.reserve(b.cacheDir); err != nil {
+		return "", err
+	}
 	logStart := sizeOf(diskDirOf(b.pool.rec.Root, b.pool.rec.Key).log())
 	if err := nydusd.AddSubmount(ctx, on.Socket, m); err != nil {
 		return "", b.refused(err, logStart)
@@ -141,6 +144,7 @@ func (b *boarding) configFor(name string) (string, error) {
 			return "", fmt.Errorf("create cache directory: %w", err)
 		}
 	}
+	b.cacheDir = cacheDir
 	config, err := nydusd.SetCacheDir(s.Config, cacheDir)
 	if err != nil {
 		return "", err

@@ -46,7 +46,7 @@ func TrustCache(ctx context.Context, runDir, cacheDir string) (checkpoint.Report
 	var out checkpoint.Report
 	err := trustCache(ctx, runDir, cacheDir, &out)
 	if err != nil {
-		err = fmt.Errorf("make sure of what cache directory %s has since this machine started: %w", cacheDir, err)
+		err = fmt.Errorf("check what cache directory %s still has since this machine started: %w", cacheDir, err)
 	}
 	return out, err
 }

@@ -156,6 +156,7 @@ func (p *power) shares() bool {
 // tryProve proves the image if it is complete, which not every chunk of it has to be.
 func (p *power) tryProve() bool {
 	p.t.Helper()
+	// What was just written counts as settled.
 	later := prove.Prover{Now: func() time.Time { return time.Now().Add(time.Hour) }}
 	_, err := later.Prove(p.t.Context(), p.spec.CacheDir, p.spec.Bootstrap, p.spec.BootstrapDigest)
 	if err != nil && !errors.Is(err, prove.ErrIncomplete) {
