@@ -88,6 +88,7 @@ func cacheCommand() *cli.Command {
 				Flags:  flags(&cli.BoolFlag{Name: "dry-run", Usage: "only tell what would be removed"}),
 				Action: cacheAction(sweepCache),
 			},
+			{Name: "sync", Usage: "bring what was fetched to the disk, as serve does every minute and at its end: only that counts after the next start of the machine", Before: noArguments, Flags: flags(), Action: cacheAction(syncCache)},
 			{Name: "verify", Usage: "compare what is cached with the images' digests, and remove what is wrong and not in use", Before: noArguments, Flags: flags(), Action: cacheAction(verifyCache)},
 			{
 				Name: "prove", ArgsUsage: "[IMAGE…]", Flags: flags(),
@@ -96,7 +97,7 @@ func cacheCommand() *cli.Command {
 			},
 		},
 		Action: func(c *cli.Context) error {
-			return fmt.Errorf("cache: want ls, gc, verify or prove; see %s cache --help", c.App.Name)
+			return fmt.Errorf("cache: want ls, gc, sync, verify or prove; see %s cache --help", c.App.Name)
 		},
 	}
 }
@@ -199,6 +200,19 @@ func printReport(w io.Writer, r blob.Report, dry bool) error {
 		fmt.Fprintf(w, "%s more should go to reach the low watermark, but what is left is in use or too young\n", megabytes(r.Short))
 	}
 	return nil
+}
+
+// syncCache prints what it did.
+func syncCache(c *cli.Context, cache *blob.Cache, asJSON bool) error {
+	s, err := cache.Sync(c.Context)
+	if asJSON {
+		return errors.Join(writeJSON(c.App.Writer, s), err)
+	}
+	if s.Lost > 0 {
+		fmt.Fprintf(c.App.Writer, "%d chunks may not have reached the disk before this machine stopped: they are fetched again on demand\n", s.Lost)
+	}
+	fmt.Fprintf(c.App.Writer, "synced %d chunks of %d blobs\n", s.Chunks, s.Blobs)
+	return err
 }
 
 // verifyCache fails when something is wrong.

@@ -31,6 +31,9 @@ import (
 const (
 	// stopTimeout bounds how long calls may take to finish at the end.
 	stopTimeout = 10 * time.Second
+	// syncInterval is how often what daemons have fetched is brought to the disk: that is
+	// what a power cut may cost. The kernel does so by itself after half of it.
+	syncInterval = time.Minute
 	// restartDelay is how long the reconciler rests after it failed.
 	restartDelay = 10 * time.Second
 )
@@ -156,6 +159,11 @@ func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache, 
 	done.Go(func() { keepRunning(background, "daemons that die are not replaced", recoverer.Run) })
 	done.Go(func() {
 		keepRunning(background, "the cache is not swept", func(ctx context.Context) error { return cache.Run(ctx, cfg.Cache.SweepInterval) })
+	})
+	done.Go(func() {
+		keepRunning(background, "what is fetched is not made to last over a power cut", func(ctx context.Context) error {
+			return cache.RunSync(ctx, syncInterval, stopTimeout)
+		})
 	})
 	hung := hang.New(hang.Config{
 		RunDir: cfg.RunDir, Timeout: cfg.Daemon.HangTimeout, Asker: &probe.Prober{Program: spare.program}, Log: slog.Default(),

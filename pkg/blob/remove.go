@@ -93,8 +93,10 @@ func (r *removal) run() error {
 				return err
 			}
 		}
-		if err := r.unlink(h, kindMap); err != nil {
-			return err
+		for _, k := range []kind{kindSynced, kindMap} {
+			if err := r.unlink(h, k); err != nil {
+				return err
+			}
 		}
 	}
 	if err := r.do("sync", r.dir.Name(), r.dir.Sync); err != nil {

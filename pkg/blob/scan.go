@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/checkpoint"
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
@@ -23,7 +24,9 @@ import (
 type kind int
 
 const (
-	kindMap kind = iota
+	// kindSynced are checkpoints of maps.
+	kindSynced kind = iota
+	kindMap
 	kindMeta
 	kindData
 )
@@ -34,9 +37,11 @@ func suffixes() map[string]kind {
 	return map[string]kind{
 		".blob.data.chunk_map": kindMap,
 		".chunk_map":           kindMap,
-		".blob.meta":           kindMeta,
-		".blob.digest":         kindMeta,
-		".blob.toc":            kindMeta,
+		".blob.data.chunk_map" + checkpoint.Suffix: kindSynced,
+		".chunk_map" + checkpoint.Suffix:           kindSynced,
+		".blob.meta":                               kindMeta,
+		".blob.digest":                             kindMeta,
+		".blob.toc":                                kindMeta,
 		// Left by one that was killed.
 		".blob.digest_downloading": kindMeta,
 		".blob.toc_downloading":    kindMeta,
@@ -142,7 +147,7 @@ func scanCache(root, path string) ([]*directory, error) {
 		d.host, d.repository = origin.Host, origin.Repository
 	}
 	private, err := d.read(func(e fs.DirEntry) bool {
-		return e.Name() == "origin.json" || strings.HasPrefix(e.Name(), ".new-") || d.proof(e.Name())
+		return e.Name() == "origin.json" || unfinished(e) || d.proof(e.Name())
 	})
 	list := []*directory{d}
 	if err != nil || !slices.Contains(private, "private") {
@@ -173,20 +178,23 @@ func (d *directory) scanPrivate(root string) ([]*directory, error) {
 		}
 		key, n, _ := strings.Cut(e.Name(), ".")
 		p := &directory{path: path, cache: d.path, host: d.host, repository: d.repository, lock: path + ".lock", owner: key}
-		pooled, err := p.read(func(fs.DirEntry) bool { return false })
+		pooled, err := p.read(unfinished)
 		list, errs = append(list, p), append(errs, err)
 		for _, name := range pooled {
 			in := *p
 			in.owner, _, _ = strings.Cut(name, ".") // of its later berths it is K.m
 			in.path, in.blobs, in.unknown = filepath.Join(path, name), nil, nil
 			in.lock = filepath.Join(root, "instances", key, "slot"+n+".lock")
-			deeper, err := in.read(func(fs.DirEntry) bool { return false })
+			deeper, err := in.read(unfinished)
 			in.unknown = append(in.unknown, in.join(deeper)...)
 			list, errs = append(list, &in), append(errs, err)
 		}
 	}
 	return list, errors.Join(errs...)
 }
+
+// unfinished tells whether a file is one that somebody is writing, under its later name.
+func unfinished(e fs.DirEntry) bool { return strings.HasPrefix(e.Name(), ".new-") }
 
 // proof tells whether a file is a proof that an image is complete, or one that is being
 // written, and notes that there are any.
@@ -267,11 +275,15 @@ func (c *cached) add(dir *os.File, name string, k kind) error {
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return nil
 	}
-	c.files = append(c.files, file{
+	of := file{
 		name: name, kind: k, usage: st.Blocks * 512,
 		used:    max(st.Atim.Nano(), st.Mtim.Nano()),
 		written: max(st.Mtim.Nano(), st.Ctim.Nano()),
-	})
+	}
+	if k == kindSynced {
+		of.used = 0 // it is the snapshotter that uses it
+	}
+	c.files = append(c.files, of)
 	return nil
 }
 

@@ -93,7 +93,13 @@ func (b *boarding) enter(ctx context.Context) (string, error) {
 	if err := b.begin(m.Name); err != nil {
 		return "", err
 	}
+	if err := b.trustCache(ctx); err != nil {
+		return "", err
+	}
 	if err := b.passCache(ctx); err != nil {
+		return "", err
+	}
+	if err := b.reserve(b.cacheDir); err != nil {
 		return "", err
 	}
 	logStart := sizeOf(diskDirOf(b.pool.rec.Root, b.pool.rec.Key).log())
@@ -138,6 +144,7 @@ func (b *boarding) configFor(name string) (string, error) {
 			return "", fmt.Errorf("create cache directory: %w", err)
 		}
 	}
+	b.cacheDir = cacheDir
 	config, err := nydusd.SetCacheDir(s.Config, cacheDir)
 	if err != nil {
 		return "", err

@@ -81,7 +81,7 @@ func Ensure(ctx context.Context, s Spec) (*Instance, error) {
 	}
 	i.hang = s.Daemon.HangTimeout
 	if err := i.ensure(ctx, s); err != nil {
-		return nil, errors.Join(fmt.Errorf("image %s (instance %s): %w", s.Image, s.Key, err), i.Close())
+		return nil, errors.Join(fmt.Errorf("image %s (instance %s): %w", s.Image, s.Key, advise(err, s.Root)), i.Close())
 	}
 	return i, nil
 }

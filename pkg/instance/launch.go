@@ -96,6 +96,7 @@ type launch struct {
 	dir       genDir
 	disk      diskDir
 	digest    <-chan error
+	cacheDir  string // where the daemon keeps what it fetches
 	cacheLock *os.File
 	log       *os.File
 	logStart  int64 // what stands before it in the log is not this daemon's
@@ -120,7 +121,13 @@ func (l *launch) prepare(ctx context.Context) error {
 		return err
 	}
 	if !l.shared { // whose images pass one by one
+		if err := l.trustCache(ctx); err != nil {
+			return err
+		}
 		if err := l.passCache(ctx); err != nil {
+			return err
+		}
+		if err := l.reserve(l.cacheDir); err != nil {
 			return err
 		}
 	}
@@ -143,11 +150,11 @@ func (l *launch) furnish(ctx context.Context) (string, error) {
 	if err := l.image(); err != nil {
 		return "", err
 	}
-	cacheDir, err := l.cache(ctx)
-	if err != nil {
+	var err error
+	if l.cacheDir, err = l.cache(ctx); err != nil {
 		return "", err
 	}
-	return nydusd.SetCacheDir(l.spec.Config, cacheDir)
+	return nydusd.SetCacheDir(l.spec.Config, l.cacheDir)
 }
 
 func (l *launch) makeDisk() error {

@@ -82,6 +82,12 @@ func LockCache(ctx context.Context, cacheDir string) (*os.File, error) {
 	return lockCache(ctx, cacheDir, unix.LOCK_EX)
 }
 
+// HoldCache keeps others from removing files of blobs from a cache directory, until the file
+// is closed. Daemons may start and end meanwhile. It waits no longer than ctx.
+func HoldCache(ctx context.Context, cacheDir string) (*os.File, error) {
+	return lockCache(ctx, cacheDir, unix.LOCK_SH)
+}
+
 func lockCache(ctx context.Context, cacheDir string, how int) (*os.File, error) {
 	f, err := openFile(cacheDir, unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
@@ -116,7 +122,7 @@ func lockCache(ctx context.Context, cacheDir string, how int) (*os.File, error) 
 // instance's record is there by now: whoever begins to remove something later sees it
 // and leaves the image's blobs alone.
 func (l *launch) passCache(ctx context.Context) error {
-	f, err := lockCache(ctx, l.spec.CacheDir, unix.LOCK_SH)
+	f, err := HoldCache(ctx, l.spec.CacheDir)
 	if err != nil {
 		return err
 	}

@@ -48,6 +48,9 @@ type Reconciler struct {
 	idle map[string]time.Time
 	// foreign are the instances of another mount namespace that were reported.
 	foreign map[string]bool
+	// failing is what went wrong with an instance when it was last looked at: a disk that
+	// cannot be written to is told once, and not in each pass.
+	failing map[string]string
 	// pruned is when the disk was last cleaned.
 	pruned time.Time
 	// waiting holds the retired daemons that are being waited for, by PID;
@@ -123,12 +126,15 @@ func (r *Reconciler) pass(ctx context.Context) time.Duration {
 		r.cfg.Log.Error("look for idle instances", "error", err)
 		return recheck
 	}
-	seen := map[string]time.Time{}
+	seen, failing := map[string]time.Time{}, map[string]string{}
 	for _, l := range r.poolsLast(keys) {
 		key := l.key
 		wait, err := r.look(ctx, key, l.rec, x)
 		if err != nil && !errors.Is(err, errLocked) && !errors.Is(err, errEnded) {
-			r.cfg.Log.Error("reconcile instance", "instance", key, "error", err)
+			failing[key] = err.Error()
+			if r.failing[key] != failing[key] {
+				r.cfg.Log.Error("reconcile instance", "instance", key, "error", err)
+			}
 		}
 		if err != nil {
 			wait = recheck
@@ -138,7 +144,7 @@ func (r *Reconciler) pass(ctx context.Context) time.Duration {
 		}
 		next = min(next, wait)
 	}
-	r.idle = seen
+	r.idle, r.failing = seen, failing
 	return max(next, settle)
 }
 

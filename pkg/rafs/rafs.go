@@ -75,6 +75,9 @@ type Blob struct {
 	MetaID string
 	// MetaSize is that blob's size in bytes.
 	MetaSize uint64
+	// ListSize is the size in bytes of the blob's own list of chunks, as nydusd keeps it
+	// in its cache; 0 for v5. It is what the image says, and not checked.
+	ListSize uint64
 }
 
 // Features is the set of a blob's feature bits.

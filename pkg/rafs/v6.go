@@ -84,6 +84,7 @@ func v6Blob(e []byte) Blob {
 		Features:         Features(le.Uint32(e[84:])),
 		CompressedSize:   le.Uint64(e[88:]),
 		UncompressedSize: le.Uint64(e[96:]),
+		ListSize:         le.Uint64(e[128:]),
 	}
 	if b.Features.Has(FeatureSeparate) {
 		b.MetaID = hex.EncodeToString(e[168:200])

@@ -158,7 +158,7 @@ func (e *env) entries() []string {
 		})
 	}
 	walk(runDir, func(rel string, d os.DirEntry) bool {
-		return rel == "i" || rel == "keys" || strings.HasPrefix(rel, "keys/") || (strings.HasPrefix(rel, "nydusd-") && !d.IsDir())
+		return rel == "i" || rel == "keys" || strings.HasPrefix(rel, "keys/") || ((strings.HasPrefix(rel, "nydusd-") || strings.HasPrefix(rel, "cache-")) && !d.IsDir())
 	})
 	walk(e.root, func(rel string, d os.DirEntry) bool {
 		top, rest, _ := strings.Cut(rel, "/")

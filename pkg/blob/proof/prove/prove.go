@@ -34,9 +34,11 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/checkpoint"
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/chunkmap"
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 	"github.com/nydusfs/nydus-snapshotter/pkg/blobcheck"
+	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
@@ -298,7 +300,7 @@ func (p *Prover) blob(ctx context.Context, cacheDir string, t *rafs.ChunkTable) 
 	}
 	p.step("sync data")
 	if err := f.Sync(); err != nil {
-		return none, fmt.Errorf("sync: %w", err)
+		return none, errors.Join(fmt.Errorf("sync: %w", err), distrust(ctx, cacheDir, t.Blob.ID))
 	}
 	// What is in memory only because it was just written is to be read from the disk.
 	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
@@ -313,6 +315,17 @@ func (p *Prover) blob(ctx context.Context, cacheDir string, t *rafs.ChunkTable) 
 		err = fmt.Errorf("%w: somebody writes to %s", ErrIncomplete, f.Name())
 	}
 	return after, err
+}
+
+// distrust has a blob's chunks fetched again that may not be on the disk: the kernel tells
+// that once, and it was this process that it told.
+func distrust(ctx context.Context, cacheDir, id string) error {
+	hold, err := instance.HoldCache(ctx, cacheDir)
+	if err != nil {
+		return err
+	}
+	defer hold.Close()
+	return checkpoint.Distrust(cacheDir, id)
 }
 
 func (p *Prover) now() time.Time {
