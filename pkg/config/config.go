@@ -36,6 +36,7 @@ type Config struct {
 	Daemon Daemon `toml:"daemon"`
 	Cgroup Cgroup `toml:"cgroup"`
 	Mount  Mount  `toml:"mount"`
+	Image  Image  `toml:"image"`
 	Cache  Cache  `toml:"cache"`
 	Log    Log    `toml:"log"`
 	Remote Remote `toml:"remote"`
@@ -175,6 +176,15 @@ type Mount struct {
 	// IdleLinger is how long an unused image stays mounted.
 	IdleLinger  time.Duration `toml:"idle_linger"`
 	Credentials Credentials   `toml:"credentials"`
+}
+
+// Image says which nydus images may be used.
+type Image struct {
+	// ValidateSignature asks for a signature of each image's bootstrap, see package
+	// signature.
+	ValidateSignature bool `toml:"validate_signature"`
+	// PublicKeyFile has the keys that are trusted, in PEM; absolute and clean, or empty.
+	PublicKeyFile string `toml:"public_key_file"`
 }
 
 // Cache says what may go from the cache of blobs.

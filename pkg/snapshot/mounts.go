@@ -84,6 +84,9 @@ func (s *Snapshotter) mounts(ctx context.Context, snap storage.Snapshot, info sn
 	if err := checkIDMapping(info.Labels, s.fs(snap.ParentIDs[0])); err != nil {
 		return nil, err
 	}
+	if err := s.signed(ctx, info.Parent, im); err != nil {
+		return nil, err
+	}
 	spec, err := s.spec(ctx, snap.ID, im)
 	if err != nil {
 		return nil, err
