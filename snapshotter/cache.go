@@ -74,7 +74,7 @@ func cacheCommand() *cli.Command {
 		Name:  "cache",
 		Usage: "look after the blobs that nydusd has fetched; needs no running snapshotter",
 		Subcommands: []*cli.Command{
-			{Name: "ls", Usage: "list blobs and who needs them", Before: noArguments, Flags: flags(), Action: cacheAction(listCache)},
+			{Name: "ls", Usage: "list blobs and who needs them", Before: noArguments, Flags: flags(), Action: cacheActionAt(listCache)},
 			{
 				Name: "gc", Usage: "remove what nothing needs, as serve does by itself", Before: noArguments,
 				Flags:  flags(&cli.BoolFlag{Name: "dry-run", Usage: "only tell what would be removed"}),
@@ -89,6 +89,11 @@ func cacheCommand() *cli.Command {
 }
 
 func cacheAction(run func(c *cli.Context, cache *blob.Cache, asJSON bool) error) cli.ActionFunc {
+	return cacheActionAt(func(c *cli.Context, _ string, cache *blob.Cache, asJSON bool) error { return run(c, cache, asJSON) })
+}
+
+// cacheActionAt also tells root.
+func cacheActionAt(run func(c *cli.Context, root string, cache *blob.Cache, asJSON bool) error) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		format := c.String("format")
 		if format != "table" && format != "json" {
@@ -102,12 +107,12 @@ func cacheAction(run func(c *cli.Context, cache *blob.Cache, asJSON bool) error)
 		if err != nil {
 			return err
 		}
-		return run(c, cache, format == "json")
+		return run(c, cfg.Root, cache, format == "json")
 	}
 }
 
 // listCache prints what can be read, and reports the rest.
-func listCache(c *cli.Context, cache *blob.Cache, asJSON bool) error {
+func listCache(c *cli.Context, root string, cache *blob.Cache, asJSON bool) error {
 	list, unknown, err := cache.List(c.Context)
 	if asJSON {
 		return errors.Join(writeJSON(c.App.Writer, append([]blob.Blob{}, list...)), err)
@@ -115,7 +120,12 @@ func listCache(c *cli.Context, cache *blob.Cache, asJSON bool) error {
 	for _, path := range unknown {
 		fmt.Fprintf(c.App.ErrWriter, "not a blob's: %s\n", path)
 	}
-	return errors.Join(printBlobs(c.App.Writer, list, time.Now()), err)
+	err = errors.Join(printBlobs(c.App.Writer, list, time.Now()), err)
+	// A state that cannot be read is among the list's errors.
+	if state, unread := blob.ReadScrubState(root); unread == nil {
+		printScrub(c.App.ErrWriter, state, time.Now())
+	}
+	return err
 }
 
 func printBlobs(w io.Writer, list []blob.Blob, now time.Time) error {
@@ -137,8 +147,11 @@ func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }
 
 // complete is rounded down: 100% is all of it.
 func complete(b *blob.Blob) string {
-	if b.Fault != "" {
+	switch {
+	case b.Fault != "":
 		return "broken"
+	case b.Damage != "":
+		return "damaged"
 	}
 	return dash(b.Chunks > 0, fmt.Sprintf("%d%%", 100*int64(b.Ready)/int64(max(b.Chunks, 1))))
 }

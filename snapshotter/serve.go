@@ -156,6 +156,9 @@ func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache) 
 	done.Go(func() {
 		keepRunning(background, "the cache is not swept", func(ctx context.Context) error { return cache.Run(ctx, cfg.Cache.SweepInterval) })
 	})
+	if cfg.Cache.ScrubInterval > 0 {
+		done.Go(func() { keepRunning(background, "the cache is not scrubbed", scrub(cfg, cache)) })
+	}
 	hung := hang.New(hang.Config{
 		RunDir: cfg.RunDir, Timeout: cfg.Daemon.HangTimeout, Asker: &probe.Prober{Program: spare.program}, Log: slog.Default(),
 	})

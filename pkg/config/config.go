@@ -197,6 +197,9 @@ type Cache struct {
 	Grace time.Duration `toml:"grace"`
 	// SweepInterval is how often the cache is looked at without a reason.
 	SweepInterval time.Duration `toml:"sweep_interval"`
+	// ScrubInterval is how often all of it is compared with the images' digests, 0 for
+	// never.
+	ScrubInterval time.Duration `toml:"scrub_interval"`
 }
 
 // Log is the snapshotter's own log.
@@ -267,7 +270,7 @@ func Default() Config {
 			IdleLinger:  30 * time.Second,
 			Credentials: CredentialsSealed,
 		},
-		Cache: Cache{Grace: 10 * time.Minute, SweepInterval: 10 * time.Minute},
+		Cache: Cache{Grace: 10 * time.Minute, SweepInterval: 10 * time.Minute, ScrubInterval: 7 * 24 * time.Hour},
 		Log:   Log{Level: "info", Format: "text"},
 		Remote: Remote{
 			ConfigPath: "/etc/containerd/certs.d", Gateway: GatewayAuto, GatewayAddress: "127.0.0.1:476", GatewayVerify: true,
