@@ -194,13 +194,15 @@ func TestConfigCheckLooksIntoFiles(t *testing.T) {
 	cfg.Backends[1].CredentialsFile = write(t, filepath.Join(dir, "keys"), awsKeys)
 	cfg.Daemon.ConfigTemplate = write(t, filepath.Join(dir, "t.json"), `{"colour": 1}`)
 	cfg.Credentials.Kubelet.Config = "/nonexistent/providers.yaml"
+	cfg.Image = config.Image{ValidateSignature: true, PublicKeyFile: "/nonexistent/keys.pem"}
 	err := checkFiles("f.toml", cfg)
-	for _, want := range []string{"configuration f.toml has 3 faults", "credentials.kubelet.config: read kubelet's credential providers: stat /nonexistent/providers.yaml", "daemon.config_template: nydusd template " + cfg.Daemon.ConfigTemplate + ": line 1: colour: unknown key", "backend[5].credentials_file: read access key from /nonexistent/keys"} {
+	for _, want := range []string{"configuration f.toml has 4 faults", "image.public_key_file: open /nonexistent/keys.pem", "credentials.kubelet.config: read kubelet's credential providers: stat /nonexistent/providers.yaml", "daemon.config_template: nydusd template " + cfg.Daemon.ConfigTemplate + ": line 1: colour: unknown key", "backend[5].credentials_file: read access key from /nonexistent/keys"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v, want %s", err, want)
 		}
 	}
 	cfg.Daemon.ConfigTemplate, cfg.Backends, cfg.Credentials.Kubelet.Config = "", cfg.Backends[:4], ""
+	cfg.Image.ValidateSignature = false // then nobody reads them
 	if err := checkFiles("f.toml", cfg); err != nil {
 		t.Error(err)
 	}

@@ -82,7 +82,7 @@ func cacheCommand() *cli.Command {
 		Name:  "cache",
 		Usage: "look after the blobs that nydusd has fetched; needs no running snapshotter",
 		Subcommands: []*cli.Command{
-			{Name: "ls", Usage: "list blobs and who needs them", Before: noArguments, Flags: flags(), Action: cacheAction(listCache)},
+			{Name: "ls", Usage: "list blobs and who needs them", Before: noArguments, Flags: flags(), Action: configured(listCache)},
 			{
 				Name: "gc", Usage: "remove what nothing needs, as serve does by itself", Before: noArguments,
 				Flags:  flags(&cli.BoolFlag{Name: "dry-run", Usage: "only tell what would be removed"}),
@@ -127,7 +127,11 @@ func configured(run func(c *cli.Context, cfg config.Config, asJSON bool) error) 
 }
 
 // listCache prints what can be read, and reports the rest.
-func listCache(c *cli.Context, cache *blob.Cache, asJSON bool) error {
+func listCache(c *cli.Context, cfg config.Config, asJSON bool) error {
+	cache, err := newCache(cfg)
+	if err != nil {
+		return err
+	}
 	list, unknown, err := cache.List(c.Context)
 	if asJSON {
 		return errors.Join(writeJSON(c.App.Writer, append([]blob.Blob{}, list...)), err)
@@ -135,7 +139,12 @@ func listCache(c *cli.Context, cache *blob.Cache, asJSON bool) error {
 	for _, path := range unknown {
 		fmt.Fprintf(c.App.ErrWriter, "not a blob's: %s\n", path)
 	}
-	return errors.Join(printBlobs(c.App.Writer, list, time.Now()), err)
+	err = errors.Join(printBlobs(c.App.Writer, list, time.Now()), err)
+	// A state that cannot be read is among the list's errors.
+	if state, unread := blob.ReadScrubState(cfg.Root); unread == nil {
+		printScrub(c.App.ErrWriter, state, time.Now())
+	}
+	return err
 }
 
 func printBlobs(w io.Writer, list []blob.Blob, now time.Time) error {
@@ -157,8 +166,11 @@ func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }
 
 // complete is rounded down: 100% is all of it.
 func complete(b *blob.Blob) string {
-	if b.Fault != "" {
+	switch {
+	case b.Fault != "":
 		return "broken"
+	case b.Damage != "":
+		return "damaged"
 	}
 	return dash(b.Chunks > 0, fmt.Sprintf("%d%%", 100*int64(b.Ready)/int64(max(b.Chunks, 1))))
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
+	"github.com/nydusfs/nydus-snapshotter/pkg/signature"
 )
 
 func configCommand() *cli.Command {
@@ -81,6 +82,10 @@ func checkFiles(name string, cfg config.Config) error {
 			_, err := accessKey(b)
 			fail(fmt.Sprintf("backend[%d].credentials_file", i+1), err)
 		}
+	}
+	if cfg.Image.ValidateSignature {
+		_, err := signature.ReadKeys(cfg.Image.PublicKeyFile)
+		fail("image.public_key_file", err)
 	}
 	if cfg.Credentials.Kubelet.Config != "" {
 		_, err := plugins(cfg)

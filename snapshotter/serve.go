@@ -165,6 +165,9 @@ func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache, 
 			return cache.RunSync(ctx, syncInterval, stopTimeout)
 		})
 	})
+	if cfg.Cache.ScrubInterval > 0 {
+		done.Go(func() { keepRunning(background, "the cache is not scrubbed", scrub(cfg, cache)) })
+	}
 	hung := hang.New(hang.Config{
 		RunDir: cfg.RunDir, Timeout: cfg.Daemon.HangTimeout, Asker: &probe.Prober{Program: spare.program}, Log: slog.Default(),
 	})

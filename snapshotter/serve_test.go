@@ -253,14 +253,19 @@ func TestServeRefuses(t *testing.T) {
 		"argument":                        {func(*testing.T, string) {}, []string{"more"}, `unexpected argument "more"`},
 		"option":                          {func(*testing.T, string) {}, []string{"--rot", "/x"}, "rot"},
 		"root is a file":                  {func(t *testing.T, dir string) { write(t, filepath.Join(dir, "root"), "") }, nil, "create root"},
+		"signatures without keys":         {unsigned("/nonexistent.pem"), []string{"--config", "CONFIG"}, "image.public_key_file: stat /nonexistent.pem"},
+		"signatures with no key":          {unsigned("CONFIG"), []string{"--config", "CONFIG"}, "it holds no key"},
 		"run directory is open to others": {func(*testing.T, string) {}, []string{"--run-dir", "/var/tmp"}, "not trusted"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := shortDir(t)
 			c.prepare(t, dir)
 			for i, a := range c.args {
-				if a == "OTHER" {
+				switch a {
+				case "OTHER":
 					c.args[i] = filepath.Join(dir, "other")
+				case "CONFIG":
+					c.args[i] = filepath.Join(dir, "config.toml")
 				}
 			}
 			said, err := launch(t, dir, c.args...).end()
@@ -268,6 +273,18 @@ func TestServeRefuses(t *testing.T) {
 				t.Fatalf("got %v, %q, want a failure with %q", err, said, c.want)
 			}
 		})
+	}
+}
+
+// unsigned writes a configuration that asks for signatures, with a file of keys that holds
+// none.
+func unsigned(keys string) func(t *testing.T, dir string) {
+	return func(t *testing.T, dir string) {
+		path := filepath.Join(dir, "config.toml")
+		if keys == "CONFIG" {
+			keys = path
+		}
+		write(t, path, fmt.Sprintf("version = 1\n[image]\nvalidate_signature = true\npublic_key_file = %q\n", keys))
 	}
 }
 

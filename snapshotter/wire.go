@@ -19,6 +19,7 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/registry"
+	"github.com/nydusfs/nydus-snapshotter/pkg/signature"
 	"github.com/nydusfs/nydus-snapshotter/pkg/snapshot"
 )
 
@@ -40,6 +41,12 @@ func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf, logi
 		},
 		Sealer: sealer{key},
 		Blobs:  cache,
+	}
+	if cfg.Image.ValidateSignature {
+		// Without keys nothing could be mounted: that is to show now.
+		if o.Signatures, err = signature.NewVerifier(cfg.Image.PublicKeyFile); err != nil {
+			return snapshot.Options{}, fmt.Errorf("read the keys whose signatures count: %w", err)
+		}
 	}
 	if cfg.Mount.Credentials == config.CredentialsPlain {
 		o.Plain = func(text string, c *mountspec.Credentials) (string, error) {

@@ -20,6 +20,19 @@
 // Do not use it to decide that a blob's bytes are right without [Cache.Verify]: a map is
 // nydusd's claim (see package chunkmap).
 //
+// # Data that goes wrong
+//
+// [Cache.Scrub] finds what a disk has made of data that was right. It reads directly
+// (O_DIRECT), since the page cache may still have what the disk has lost, and leaves the
+// page cache as it was. Where a filesystem cannot do that it reads through the page cache,
+// and drops what nobody had there before.
+//
+// A filesystem with fs-verity could have the kernel compare each read of a blob that is
+// complete, also beneath EROFS: package proof, which is written when all of a blob was
+// compared, would be the place to enable it (FS_IOC_ENABLE_VERITY; it makes the file
+// read-only for good, so nydusd must not have it open) and to demand it again. That is
+// not done.
+//
 // # Why nothing is taken from under a daemon
 //
 // nydusd opens a blob's map first and its data second, both by name, and keeps both open.

@@ -28,6 +28,9 @@ type Blob struct {
 	Chunks int    `json:"chunks"`
 	Ready  int    `json:"ready"`
 	Fault  string `json:"fault,omitempty"`
+	// Damage is what Scrub has found wrong with it while it was in use; empty when nothing.
+	// List alone tells.
+	Damage string `json:"damage,omitempty"`
 	// Images are those whose bootstraps name it, Instances those that may be reading
 	// it. Without either it goes with the next sweep after its grace period.
 	Images    []string `json:"images"`
@@ -54,10 +57,14 @@ func (c *Cache) List(ctx context.Context) (blobs []Blob, unknown []string, err e
 	if s == nil {
 		return nil, nil, err
 	}
+	scrubbed, failed := ReadScrubState(c.o.Root)
 	for _, d := range s.dirs {
 		unknown = append(unknown, d.unknown...)
 		for _, b := range d.blobs {
 			out := c.describe(b, s.refs.of(d, b.id))
+			if n := scrubbed.damage(place{d.path, b.id}); n >= 0 {
+				out.Damage = scrubbed.Damaged[n].Problem
+			}
 			if out.Chunks > 0 && b.has(kindMap) {
 				out.count()
 			}
@@ -65,7 +72,7 @@ func (c *Cache) List(ctx context.Context) (blobs []Blob, unknown []string, err e
 		}
 	}
 	slices.SortFunc(blobs, func(a, b Blob) int { return compare(&a, &b) })
-	return blobs, unknown, errors.Join(err, s.refs.errors())
+	return blobs, unknown, errors.Join(err, failed, s.refs.errors())
 }
 
 func compare(a, b *Blob) int {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -50,7 +51,7 @@ func (c *Cache) Verify(ctx context.Context, progress func(done, total int64)) ([
 	if s == nil {
 		return nil, err
 	}
-	v := &verifying{state: s, found: map[place]*verdict{}, progress: progress}
+	v := &verifying{state: s, found: map[place]*verdict{}, progress: progress, open: func(b *cached) (reader, error) { return openData(b) }}
 	errs := []error{err, s.refs.errors()}
 	v.plan()
 	for _, src := range v.sources() {
@@ -79,6 +80,20 @@ type verifying struct {
 	progress    func(done, total int64)
 	done, total int64
 	buffer      []byte
+
+	// open opens a blob's data. Pace, when set, is called before so many bytes of it are
+	// read. Settle is how long to wait before what is wrong is read once more, since a
+	// daemon may just be writing it; 0 for not at all.
+	open   func(*cached) (reader, error)
+	pace   func(ctx context.Context, bytes int) error
+	settle time.Duration
+}
+
+// reader is a blob's data.
+type reader interface {
+	io.ReaderAt
+	io.Closer
+	Stat() (fs.FileInfo, error)
 }
 
 // plan lists what there is.
@@ -92,14 +107,20 @@ func (v *verifying) plan() {
 	}
 }
 
-// sources are the bootstraps, each once: an instance's is the same file as a snapshot's.
-func (v *verifying) sources() []*source {
+// sources are the bootstraps, each once.
+func (v *verifying) sources() []*source { return distinct(v.refs.sources) }
+
+// sourcesOf are those that name a blob.
+func (v *verifying) sourcesOf(b *cached) []*source { return distinct(v.refs.of(b.dir, b.id).sources) }
+
+// distinct leaves those out that are the same file: an instance's is a snapshot's.
+func distinct(all []*source) []*source {
 	type name struct {
 		proof.File
 		dir string
 	}
 	seen, list := map[name]bool{}, []*source(nil)
-	for _, s := range v.refs.sources {
+	for _, s := range all {
 		f, err := s.open()
 		if err != nil {
 			list = append(list, s) // and tell then
@@ -117,23 +138,7 @@ func (v *verifying) sources() []*source {
 
 // source verifies the blobs of a bootstrap.
 func (v *verifying) source(ctx context.Context, s *source) error {
-	f, err := s.open()
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // removed meanwhile
-	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	id, err := identify(f)
-	if err != nil {
-		return err
-	}
-	boot, err := rafs.Open(f, id.Size)
-	if err != nil {
-		return err
-	}
-	tables, err := rafs.Chunks(f, id.Size, maxChunks)
+	tables, version, err := s.tables()
 	if err != nil {
 		return err
 	}
@@ -145,12 +150,35 @@ func (v *verifying) source(ctx context.Context, s *source) error {
 		for i := range tables {
 			for _, name := range []string{tables[i].Blob.ID, tables[i].Blob.MetaID} {
 				if b := d.find(name); b != nil {
-					errs = append(errs, v.blob(ctx, b, &tables[i], boot.Version))
+					errs = append(errs, v.blob(ctx, b, &tables[i], version))
 				}
 			}
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// tables reads what a bootstrap knows of its blobs' chunks; nothing when it was removed
+// meanwhile.
+func (s *source) tables() (tables []rafs.ChunkTable, version string, err error) {
+	f, err := s.open()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, "", nil
+	}
+	if err != nil {
+		return nil, "", err
+	}
+	defer f.Close()
+	id, err := identify(f)
+	if err != nil {
+		return nil, "", err
+	}
+	boot, err := rafs.Open(f, id.Size)
+	if err != nil {
+		return nil, "", err
+	}
+	tables, err = rafs.Chunks(f, id.Size, maxChunks)
+	return tables, boot.Version, err
 }
 
 func (d *directory) find(id string) *cached {
@@ -173,7 +201,7 @@ func (v *verifying) blob(ctx context.Context, b *cached, t *rafs.ChunkTable, ver
 	}
 	// The data first: when the blob is removed and fetched anew meanwhile, an old map
 	// must not be taken for that of new data.
-	data, err := openData(b)
+	data, err := v.open(b)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // nobody's, see Sweep
 	}
@@ -217,32 +245,65 @@ func openData(b *cached) (*os.File, error) {
 }
 
 // chunks compares those that are there and were not compared for another image.
-func (v *verifying) chunks(ctx context.Context, o *verdict, t *rafs.ChunkTable, m *chunkmap.Map, data *os.File) error {
+func (v *verifying) chunks(ctx context.Context, o *verdict, t *rafs.ChunkTable, m *chunkmap.Map, data reader) error {
+	var bad []rafs.Chunk
 	for i := range t.Len() {
 		c := t.At(i)
 		bit := byte(0x80 >> (c.Index % 8))
 		if !m.Has(c.Index) || int(c.Index/8) >= len(o.checked) || o.checked[c.Index/8]&bit != 0 {
 			continue
 		}
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		right, err := v.chunk(t.Blob.Digester, c, data)
+		right, err := v.chunk(ctx, t.Blob.Digester, c, data)
 		if err != nil {
 			return fmt.Errorf("blob %s: %w", o.ID, err)
 		}
 		o.checked[c.Index/8] |= bit
 		if o.Checked++; !right {
+			bad = append(bad, c)
+		}
+	}
+	if len(bad) == 0 || v.settle == 0 {
+		o.Bad += len(bad)
+		return nil
+	}
+	if err := wait(ctx, v.settle); err != nil {
+		return err
+	}
+	for _, c := range bad {
+		right, err := v.chunk(ctx, t.Blob.Digester, c, data)
+		if err != nil {
+			return fmt.Errorf("blob %s: %w", o.ID, err)
+		}
+		if !right {
 			o.Bad++
 		}
 	}
 	return nil
 }
 
+func wait(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // chunk tells whether a chunk is right. What cannot be read is not.
-func (v *verifying) chunk(digester rafs.Digester, c rafs.Chunk, data *os.File) (bool, error) {
-	if v.buffer == nil {
-		v.buffer = make([]byte, rafs.MaxChunkSize)
+func (v *verifying) chunk(ctx context.Context, digester rafs.Digester, c rafs.Chunk, data reader) (bool, error) {
+	if v.pace != nil {
+		if err := v.pace(ctx, int(c.RawSize)); err != nil {
+			return false, err
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return false, err
+	}
+	if cap(v.buffer) < int(c.RawSize) {
+		v.buffer = make([]byte, c.RawSize)
 	}
 	text := v.buffer[:c.RawSize]
 	if n, err := data.ReadAt(text, int64(c.RawOffset)); n < len(text) {
@@ -276,6 +337,15 @@ func (v *verifying) advance(o *verdict) {
 	}
 }
 
+// disprove takes the proofs of images away that have a blob which is wrong and stays: a
+// disk that returns other bytes than before leaves the times alone which a proof tells.
+func disprove(o *verdict) error {
+	if o.Evicted || o.b.dir.lock != "" {
+		return nil // gone with the blob, and none is in a private directory
+	}
+	return proof.Remove(o.b.dir.path, o.ID)
+}
+
 // judge removes what is wrong and completes the verdicts.
 func (c *Cache) judge(ctx context.Context, v *verifying) []Verdict {
 	out := make([]Verdict, 0, len(v.order))
@@ -294,6 +364,9 @@ func (c *Cache) judge(ctx context.Context, v *verifying) []Verdict {
 			o.Evicted = len(j.gone) > 0
 			if j.err != nil {
 				o.Problem += "; it cannot be removed: " + j.err.Error()
+			}
+			if err := disprove(o); err != nil {
+				o.Problem += "; " + err.Error()
 			}
 		}
 		out = append(out, o.Verdict)

@@ -12,6 +12,7 @@ const (
 	maxGrace = 30 * 24 * time.Hour
 	minSweep = time.Second
 	maxSweep = 7 * 24 * time.Hour
+	maxScrub = 366 * 24 * time.Hour
 )
 
 // Watermark is an amount of data: bytes, or a part of a filesystem, 0 to 1. Both are 0
@@ -70,4 +71,7 @@ func (v *validator) cache(c Cache) {
 	}
 	v.between("cache.grace", c.Grace, 0, maxGrace)
 	v.between("cache.sweep_interval", c.SweepInterval, minSweep, maxSweep)
+	if c.ScrubInterval != 0 {
+		v.between("cache.scrub_interval", c.ScrubInterval, minSweep, maxScrub)
+	}
 }

@@ -3,7 +3,21 @@ package config
 import (
 	"strings"
 	"testing"
+	"time"
 )
+
+func TestScrubInterval(t *testing.T) {
+	for interval, right := range map[time.Duration]bool{
+		0: true, time.Second: true, 168 * time.Hour: true, time.Millisecond: false, -time.Hour: false, 10_000 * time.Hour: false,
+	} {
+		cfg := Default()
+		cfg.Cache.ScrubInterval = interval
+		faults := cfg.Validate()
+		if (len(faults) == 0) != right || len(faults) > 0 && faults[0].Key != "cache.scrub_interval" {
+			t.Errorf("%s: %v", interval, faults)
+		}
+	}
+}
 
 func TestWatermarks(t *testing.T) {
 	for _, c := range []struct {

@@ -36,6 +36,7 @@ type Config struct {
 	Daemon Daemon `toml:"daemon"`
 	Cgroup Cgroup `toml:"cgroup"`
 	Mount  Mount  `toml:"mount"`
+	Image  Image  `toml:"image"`
 	Cache  Cache  `toml:"cache"`
 	Log    Log    `toml:"log"`
 	Remote Remote `toml:"remote"`
@@ -177,6 +178,15 @@ type Mount struct {
 	Credentials Credentials   `toml:"credentials"`
 }
 
+// Image says which nydus images may be used.
+type Image struct {
+	// ValidateSignature asks for a signature of each image's bootstrap, see package
+	// signature.
+	ValidateSignature bool `toml:"validate_signature"`
+	// PublicKeyFile has the keys that are trusted, in PEM; absolute and clean, or empty.
+	PublicKeyFile string `toml:"public_key_file"`
+}
+
 // Cache says what may go from the cache of blobs.
 type Cache struct {
 	// HighWatermark and LowWatermark are bytes with K, M, G or T behind them, or a
@@ -187,6 +197,9 @@ type Cache struct {
 	Grace time.Duration `toml:"grace"`
 	// SweepInterval is how often the cache is looked at without a reason.
 	SweepInterval time.Duration `toml:"sweep_interval"`
+	// ScrubInterval is how often all of it is compared with the images' digests, 0 for
+	// never.
+	ScrubInterval time.Duration `toml:"scrub_interval"`
 }
 
 // Log is the snapshotter's own log.
@@ -257,7 +270,7 @@ func Default() Config {
 			IdleLinger:  30 * time.Second,
 			Credentials: CredentialsSealed,
 		},
-		Cache: Cache{Grace: 10 * time.Minute, SweepInterval: 10 * time.Minute},
+		Cache: Cache{Grace: 10 * time.Minute, SweepInterval: 10 * time.Minute, ScrubInterval: 7 * 24 * time.Hour},
 		Log:   Log{Level: "info", Format: "text"},
 		Remote: Remote{
 			ConfigPath: "/etc/containerd/certs.d", Gateway: GatewayAuto, GatewayAddress: "127.0.0.1:476", GatewayVerify: true,

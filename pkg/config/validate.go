@@ -56,6 +56,7 @@ func (c Config) Validate() []Fault {
 		v.fail("mount.credentials", `"plain" is for Kata Containers, which does not know mount.style "managed"; use "sealed", or style "helper"`)
 	}
 	v.between("mount.idle_linger", c.Mount.IdleLinger, 0, maxLinger)
+	v.image(c.Image)
 	v.cache(c.Cache)
 	v.oneOf("log.level", c.Log.Level, LogLevels()...)
 	v.oneOf("log.format", c.Log.Format, "text", "json")
@@ -176,6 +177,15 @@ func (v *validator) cgroup(c Cgroup, d Daemon) {
 	}
 	if c.Memory != "" && d.OOMScoreAdj == -1000 {
 		v.fail("cgroup.memory", "is set, but with daemon.oom_score_adj = -1000 the kernel may not end a nydusd that reaches it, which would hang; use -999 or more")
+	}
+}
+
+func (v *validator) image(c Image) {
+	switch f := c.PublicKeyFile; {
+	case f != "" && (!filepath.IsAbs(f) || filepath.Clean(f) != f):
+		v.fail("image.public_key_file", "%q: want an absolute path without //, . or .., or nothing", f)
+	case f == "" && c.ValidateSignature:
+		v.fail("image.public_key_file", "is empty, but image.validate_signature is set: name the file with the public keys whose signatures count")
 	}
 }
 

@@ -14,6 +14,8 @@
 //     record that is written then. Labels on a container's snapshot, which a pod
 //     can choose, select nothing.
 //   - Credentials in labels are ignored, which is said, and not kept.
+//   - With Options.Signatures no mount of an image is handed out, and no bootstrap
+//     committed, that is not signed.
 //   - A bootstrap is opened beneath its layer without following links, must be a
 //     regular file of bounded size, and is read before the layer is committed:
 //     a hostile image fails to be pulled, not to be mounted.

@@ -46,7 +46,7 @@ func (s *Snapshotter) extend(ctx context.Context, key string, plain []mount.Moun
 	if image == nil {
 		return idMapped(plain, mapping), nil
 	}
-	mounts, err := s.mounts(ctx, snap, mapping, image)
+	mounts, err := s.mounts(ctx, snap, info, mapping, image)
 	if err != nil {
 		return nil, fmt.Errorf("mounts of %s%s: %w", key, ofImage(image.record.Image), err)
 	}
@@ -86,12 +86,15 @@ func (s *Snapshotter) findImage(parents []string) (*image, error) {
 	return nil, nil
 }
 
-func (s *Snapshotter) mounts(ctx context.Context, snap storage.Snapshot, mapping []string, im *image) ([]mount.Mount, error) {
+func (s *Snapshotter) mounts(ctx context.Context, snap storage.Snapshot, info snapshots.Info, mapping []string, im *image) ([]mount.Mount, error) {
 	if len(mapping) > 0 && s.o.Driver == mountspec.DriverFUSE {
 		return nil, fmt.Errorf("a nydus image that nydusd serves cannot be id-mapped into a user namespace (%s); "+
 			"with [mount] driver = \"auto\" one that is complete in the cache can, "+
 			"and without \"remap-ids\" in the capabilities of this snapshotter's proxy plugin containerd changes the owners itself: %w",
 			strings.Join(mapping, ", "), errdefs.ErrFailedPrecondition)
+	}
+	if err := s.signed(ctx, info.Parent, im); err != nil {
+		return nil, err
 	}
 	spec, err := s.spec(ctx, snap.ID, im)
 	if err != nil {

@@ -50,7 +50,7 @@ type Sealer interface {
 	Seal(*mountspec.Spec) (string, error)
 }
 
-// Options is what a Snapshotter needs. All but Blobs, Now and Plain are required.
+// Options is what a Snapshotter needs. All but Blobs, Signatures, Now and Plain are required.
 type Options struct {
 	// Root holds layers, database and cache. The caller makes sure that no
 	// other snapshotter uses it.
@@ -72,6 +72,8 @@ type Options struct {
 	Blobs Blobs
 	// Now is the clock; nil for the real one.
 	Now func() time.Time
+	// Signatures, when set, refuses images whose bootstrap is not signed.
+	Signatures Signatures
 	// Plain, when set, puts credentials into nydusd's configuration, where
 	// everybody can read them, instead of sealing them.
 	Plain func(config string, c *mountspec.Credentials) (string, error)
@@ -294,14 +296,17 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 // admit writes the record of a bootstrap layer before it is committed.
 func (s *Snapshotter) admit(ctx context.Context, id, key string, info snapshots.Info) error {
 	if unpackTarget(key, info.Labels) == "" || info.Labels[labelBootstrap] != "true" {
-		if err := dropRecord(s.dir(id)); err != nil {
-			return fmt.Errorf("commit %s: %w", key, err)
+		if err := errors.Join(dropRecord(s.dir(id)), s.alone(ctx, key, info)); err != nil {
+			return fmt.Errorf("commit %s%s: %w", key, ofImage(info.Labels[labelImage]), err)
 		}
 		return nil
 	}
 	r, err := inspect(s.fs(id))
 	if err == nil {
 		err = s.onlyBootstrap(ctx, key)
+	}
+	if err == nil {
+		err = s.verify(r.Digest, info.Labels)
 	}
 	if err != nil {
 		return fmt.Errorf("commit nydus bootstrap layer %s%s: the image is refused: %w", key, ofImage(info.Labels[labelImage]), err)
