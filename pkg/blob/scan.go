@@ -136,7 +136,8 @@ func scan(root string) ([]*directory, error) {
 			return nil
 		})
 	}
-	return slices.Concat(found...), errors.Join(append(errs, all.Wait())...)
+	errs = append(errs, all.Wait())
+	return slices.Concat(found...), errors.Join(errs...)
 }
 
 // scanCache lists a cache directory and the private ones in it.
