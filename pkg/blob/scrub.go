@@ -86,6 +86,7 @@ type scrubber struct {
 	known   *state
 	learned time.Time
 	list    []*cached
+	fault   string // what was told last that could not be looked at
 
 	buffer []byte
 	work   chan func()
@@ -229,9 +230,7 @@ func (s *scrubber) count(p *ScrubPass, v *Verdict) {
 // after returns the blob that comes after one, nil after the last.
 func (s *scrubber) after(ctx context.Context, last place) *cached {
 	if s.known == nil || s.now().Sub(s.learned) >= scrubFresh {
-		if err := s.learn(ctx); err != nil {
-			s.o.Log.Warn("not all of the cache is scrubbed", "error", err)
-		}
+		s.learn(ctx)
 	}
 	n, found := slices.BinarySearchFunc(s.list, last, func(b *cached, p place) int {
 		return cmp.Or(cmp.Compare(b.dir.path, p.dir), cmp.Compare(b.id, p.id))
@@ -245,15 +244,23 @@ func (s *scrubber) after(ctx context.Context, last place) *cached {
 	return s.list[n]
 }
 
-// learn looks at the whole cache.
-func (s *scrubber) learn(ctx context.Context) error {
+// learn looks at the whole cache. What could not be looked at is told once.
+func (s *scrubber) learn(ctx context.Context) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st, err := s.look(ctx)
 	s.known, s.learned, s.list = st, s.now(), nil
 	if st == nil {
-		return err
+		return // ctx has ended
 	}
+	fault := ""
+	if err := errors.Join(err, st.refs.errors()); err != nil {
+		fault = err.Error()
+	}
+	if fault != "" && fault != s.fault {
+		s.o.Log.Warn("not all of the cache is scrubbed", "error", fault)
+	}
+	s.fault = fault
 	for _, d := range st.dirs {
 		for _, b := range d.blobs {
 			if len(st.refs.of(d, b.id).sources) > 0 {
@@ -264,7 +271,6 @@ func (s *scrubber) learn(ctx context.Context) error {
 	slices.SortFunc(s.list, func(a, b *cached) int {
 		return cmp.Or(cmp.Compare(a.dir.path, b.dir.path), cmp.Compare(a.id, b.id))
 	})
-	return errors.Join(err, st.refs.errors())
 }
 
 // one scrubs a blob and does what is to be done about it. It returns nil when the blob could
@@ -287,6 +293,13 @@ func (s *scrubber) one(ctx context.Context, b *cached) *Verdict {
 		if ctx.Err() != nil || o.Bad == 0 && o.Problem == "" {
 			return nil
 		}
+	}
+	if o.Bad > 0 || o.Problem != "" {
+		// It may have taken long: who uses it now?
+		if s.learn(ctx); s.known == nil {
+			return nil
+		}
+		v.state = s.known
 	}
 	s.mu.Lock()
 	list := s.judge(ctx, v)
@@ -358,13 +371,11 @@ func (s *scrubber) again(ctx context.Context) {
 		return
 	}
 	s.looked = s.now()
-	if err := s.learn(ctx); err != nil {
-		s.o.Log.Warn("not all of the cache is scrubbed", "error", err)
-	}
-	if s.known == nil {
-		return
-	}
+	s.learn(ctx)
 	for _, d := range slices.Clone(s.state.Damaged) {
+		if s.known == nil || ctx.Err() != nil {
+			return
+		}
 		n := slices.IndexFunc(s.list, func(b *cached) bool { return b.dir.path == d.Directory && b.id == d.Blob })
 		switch {
 		case n < 0:
@@ -374,9 +385,6 @@ func (s *scrubber) again(ctx context.Context) {
 			s.save(true)
 		case !s.known.refs.of(s.list[n].dir, d.Blob).living(), s.now().Sub(s.compared[place{d.Directory, d.Blob}]) >= scrubRepaired:
 			s.one(ctx, s.list[n])
-		}
-		if ctx.Err() != nil {
-			return
 		}
 	}
 }

@@ -179,8 +179,12 @@ func TestVerifyProblems(t *testing.T) {
 			if living {
 				b.instance("one", boot)
 			}
+			proven := b.prove(dir, 1, tables[0].Blob.ID)
 			c.damage(b, dir, tables[0].Blob.ID)
 			list := b.verify()
+			if exists(proven) {
+				t.Errorf("%s, in use %v: the proof is left", what, living)
+			}
 			if len(list) != 1 || !strings.Contains(list[0].Problem, c.want) || list[0].Evicted == living {
 				t.Errorf("%s, in use %v: %+v", what, living, list)
 			}
