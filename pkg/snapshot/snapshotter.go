@@ -77,7 +77,7 @@ type Options struct {
 
 // Snapshotter implements containerd's Snapshotter and Cleaner.
 type Snapshotter struct {
-	snapshots.Snapshotter // overlay; Stat, Walk and Remove are its own
+	snapshots.Snapshotter // overlay; Stat and Walk are its own
 
 	o       Options
 	store   *storage.MetaStore
@@ -207,7 +207,7 @@ func (s *Snapshotter) extendNew(ctx context.Context, key string, mounts []mount.
 
 // undo removes a snapshot also when the caller has given up.
 func (s *Snapshotter) undo(ctx context.Context, key string) error {
-	if err := s.Snapshotter.Remove(context.WithoutCancel(ctx), key); err != nil {
+	if err := s.Remove(context.WithoutCancel(ctx), key); err != nil {
 		return fmt.Errorf("undo %s: %w", key, err)
 	}
 	return nil
