@@ -448,6 +448,12 @@ func TestRemoveAndCleanup(t *testing.T) {
 	for _, orphan := range []string{"new-123", "4711"} {
 		place(t, filepath.Join(n.root, "snapshots", orphan, "fs", "file"), []byte("orphan"))
 	}
+	// To remove one is not to look at all.
+	_, err = n.sn.Prepare(n.ctx, "another", "")
+	must(t, err, n.sn.Remove(n.ctx, "another"))
+	if _, err := os.Stat(filepath.Join(n.root, "snapshots", "4711")); err != nil {
+		t.Errorf("removing one looks at all: %v", err)
+	}
 	must(t, n.sn.Cleanup(n.ctx))
 	left, err := os.ReadDir(filepath.Join(n.root, "snapshots"))
 	if err != nil || fmt.Sprint(left) != fmt.Sprint(want) {

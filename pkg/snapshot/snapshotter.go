@@ -212,7 +212,7 @@ func (s *Snapshotter) extendNew(ctx context.Context, key string, mounts []mount.
 
 // undo removes a snapshot also when the caller has given up.
 func (s *Snapshotter) undo(ctx context.Context, key string) error {
-	if err := s.Snapshotter.Remove(context.WithoutCancel(ctx), key); err != nil {
+	if err := s.Remove(context.WithoutCancel(ctx), key); err != nil {
 		return fmt.Errorf("undo %s: %w", key, err)
 	}
 	return nil

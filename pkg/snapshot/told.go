@@ -35,19 +35,6 @@ func (s *Snapshotter) Stat(ctx context.Context, key string) (snapshots.Info, err
 	return info, nil
 }
 
-// Remove implements snapshots.Snapshotter.
-func (s *Snapshotter) Remove(ctx context.Context, key string) error {
-	id, _, err := s.info(ctx, key)
-	if err != nil {
-		return s.Snapshotter.Remove(ctx, key) // which says it
-	}
-	err = s.Snapshotter.Remove(ctx, key)
-	if err == nil {
-		s.told.forget(id)
-	}
-	return err
-}
-
 func (s *Snapshotter) now() time.Time {
 	if s.o.Now == nil {
 		return time.Now()

@@ -75,18 +75,7 @@ func newStock(t *testing.T, r *kit.Registry) []*ware {
 // alive, while sweeps go on: what is in use stays, all else goes. GC_SEED repeats a run,
 // GC_DEEDS says how long it is.
 func TestSweepsUnderLoad(t *testing.T) {
-	seed, deeds := uint64(time.Now().UnixNano()), 40
-	var err error
-	if text := os.Getenv("GC_SEED"); text != "" {
-		if seed, err = strconv.ParseUint(text, 10, 64); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if text := os.Getenv("GC_DEEDS"); text != "" {
-		if deeds, err = strconv.Atoi(text); err != nil {
-			t.Fatal(err)
-		}
-	}
+	seed, deeds := number(t, "GC_SEED", uint64(time.Now().UnixNano())), number(t, "GC_DEEDS", 40)
 	t.Logf("GC_SEED=%d", seed)
 	r := kit.NewRegistry(t, kit.RegistryOptions{})
 	l := &load{t: t, random: rand.New(rand.NewPCG(seed, 0)), stock: newStock(t, r)}
@@ -127,6 +116,20 @@ func TestSweepsUnderLoad(t *testing.T) {
 	if got := usage(t, l.n); got != 0 {
 		t.Errorf("the data layers have %d bytes", got)
 	}
+}
+
+// number is what a variable of the environment says, if it is set.
+func number(t *testing.T, name string, otherwise uint64) uint64 {
+	t.Helper()
+	text := os.Getenv(name)
+	if text == "" {
+		return otherwise
+	}
+	n, err := strconv.ParseUint(text, 10, 64)
+	if err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	return n
 }
 
 // run starts a container of some image, which is pulled if it is not there.
@@ -279,14 +282,11 @@ func sweeps(t *testing.T, n *kit.Node) int {
 	return bytes.Count(log, []byte("cache swept"))
 }
 
-// TestWatermarks fills a small filesystem: the least recently used go first, and never what
-// is read.
-func TestWatermarks(t *testing.T) {
-	const images, size, disk = 9, 6 << 20, 64 << 20
-	r := kit.NewRegistry(t, kit.RegistryOptions{})
+// newHeavy makes images with one blob of a size each, besides what all have.
+func newHeavy(t *testing.T, r *kit.Registry, images, size int) (stock []*ware) {
+	t.Helper()
 	base := kit.BusyboxLayer(kit.MustTools(t))
 	random := rand.NewChaCha8([32]byte{7})
-	var stock []*ware
 	for i := range images {
 		data := make([]byte, size)
 		_, _ = random.Read(data)
@@ -294,6 +294,15 @@ func TestWatermarks(t *testing.T) {
 		img := plain.MustNydus(t, kit.NydusOptions{})
 		stock = append(stock, &ware{ref: r.MustPush(t, img, fmt.Sprintf("marks:%d", i)), blobs: []string{img.Layers[1].Desc.Digest.Encoded()}, files: map[string]string{"data": string(data)}})
 	}
+	return stock
+}
+
+// TestWatermarks fills a small filesystem: the least recently used go first, and never what
+// is read.
+func TestWatermarks(t *testing.T) {
+	const images, size, disk = 9, 6 << 20, 64 << 20
+	r := kit.NewRegistry(t, kit.RegistryOptions{})
+	stock := newHeavy(t, r, images, size)
 	n := helper24.node(t, kit.NodeConfig{Hook: true, Config: map[string]any{
 		"cache.grace": "0s", "cache.sweep_interval": "1s", "cache.high_watermark": "75%", "cache.low_watermark": "50%",
 	}})
