@@ -21,7 +21,7 @@ func TestReaders(t *testing.T) {
 		must(t, os.MkdirAll(string(dirOf(run, r.Key)), 0o700))
 		must(t, os.WriteFile(dirOf(run, r.Key).record(), text, 0o600))
 	}
-	put(Record{Key: "a", Image: "x", CacheDir: "/c", Current: &Generation{Number: 1}})
+	put(Record{Key: "a", BootstrapDigest: "sha256:a", Image: "x", CacheDir: "/c", Current: &Generation{Number: 1}})
 	put(Record{Key: "b", Image: "y", CacheDir: "/c", Retired: []Generation{{Number: 1, Failed: true}}})
 	put(Record{Key: "c", Image: "gone", CacheDir: "/c"})
 	put(Record{Key: "p", Image: poolName, Current: &Generation{Number: 3, Shared: true, Passengers: []Passenger{{Name: "n1", Key: "a"}, {Name: "n2", Key: "b"}}}})
@@ -31,9 +31,9 @@ func TestReaders(t *testing.T) {
 	list, err := Readers(run)
 	must(t, err)
 	want := []Reader{
-		{"a", "x", "/c", filepath.Join(root, "instances", "a", "bootstrap")},
-		{"b", "y", "/c", filepath.Join(root, "instances", "b", "bootstrap")},
-		{"p", "b", "", berth},
+		{"a", "x", "/c", filepath.Join(root, "instances", "a", "bootstrap"), "sha256:a"},
+		{"b", "y", "/c", filepath.Join(root, "instances", "b", "bootstrap"), ""},
+		{"p", "b", "", berth, ""},
 	}
 	if len(list) != len(want) {
 		t.Fatalf("%+v", list)

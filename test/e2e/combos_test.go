@@ -1,0 +1,76 @@
+package e2e_test
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/nydusfs/nydus-snapshotter/test/kit"
+)
+
+// TestEveryCombination starts an image, reads it, starts it once more and removes it, in each
+// combination of driver, mode of the daemon and style. The tests are run with each
+// version of nydusd.
+func TestEveryCombination(t *testing.T) {
+	r := kit.NewRegistry(t, kit.RegistryOptions{})
+	tools := kit.MustTools(t)
+	// One that keeps its cache to itself leaves nothing to be proven.
+	shared := tools.Nydusd != tools.NydusdOld
+	eachStyle(t, func(t *testing.T, s style) {
+		n := s.node(t, kit.NodeConfig{Config: map[string]any{
+			"mount.idle_linger": "10ms", "daemon.config_template": prefetchAll(t),
+		}})
+		ref, _ := smallNydus(t, r, s.name+"-first")
+		first := pull(t, n, ref)
+		for i, c := range []struct{ driver, mode string }{
+			{"fuse", "dedicated"}, {"fuse", "shared"}, {"auto", "dedicated"}, {"auto", "shared"},
+		} {
+			name := c.driver + "-" + c.mode
+			ref, want := smallNydus(t, r, s.name+"-"+name) // of equal ones containerd would take the first
+			n.Configure("mount.driver", c.driver)
+			n.Configure("daemon.daemon_mode", c.mode)
+			if err := n.StopSnapshotter(); err != nil {
+				t.Fatal(err)
+			}
+			startSnapshotter(t, n, first)
+			img := pull(t, n, ref)
+			cold := run(t, n, img, fmt.Sprintf("cold-%d", i), kit.RunOptions{})
+			daemonsNow(t, n, 1)
+			kit.EqualTrees(t, name+", cold", want, kit.MustWalk(t, cold.Root()))
+			// Also what no file of the image shows.
+			if shared {
+				eventually(t, name+": the image is proven", func() bool {
+					list, failed := proofs(t, n, ref)
+					return !failed && len(list) == 1 && list[0].Proven
+				})
+			}
+			remove(t, cold)
+			wantDaemons(t, n, 0, soon)
+			if list, failed := proofs(t, n, ref); failed == shared || len(list) != 1 || list[0].Proven != shared {
+				t.Errorf("%s: after all was read `cache prove` says %+v", name, list)
+			}
+			daemons := 1
+			if c.driver == "auto" && shared {
+				daemons = 0
+			}
+			r.ResetRequests()
+			warm := run(t, n, img, fmt.Sprintf("warm-%d", i), kit.RunOptions{})
+			daemonsNow(t, n, daemons)
+			imageMounts(t, 1)
+			kit.EqualTrees(t, name+", warm", want, kit.MustWalk(t, warm.Root()))
+			if out := exec(t, warm, "busybox", "sh", "-c", "echo written > /new && cat /new"); out != "written\n" {
+				t.Errorf("%s: the container writes and reads %q", name, out)
+			}
+			if got := r.BlobTotal(); got > 0 && shared {
+				t.Errorf("%s: %d bytes were fetched once more", name, got)
+			}
+			remove(t, warm)
+			if err := n.RemoveImage(t.Context(), ref); err != nil {
+				t.Error(err)
+			}
+			if err := n.WaitRunEntries(soon); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			wantDaemons(t, n, 0, soon)
+		}
+	})
+}
