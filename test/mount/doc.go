@@ -2,6 +2,9 @@
 // without containerd and without the snapshotter: it makes the mount option
 // itself and calls the helper as mount.fuse3, mount(8) and an administrator do.
 //
+// TestPowerCut makes 10 power cuts for each way to keep a cache; POWER_CUTS=N asks for
+// another number, POWER_SEED=N for the same chances.
+//
 // Do not add tests here that need a container manager; those belong to the end
 // to end tests.
 package mount
