@@ -48,6 +48,19 @@ var (
 	ErrWrong = errors.New("the cache has other data than the image")
 )
 
+// BlobError says of which blob an error is.
+type BlobError struct {
+	// Blob is its id.
+	Blob  string
+	Cause error
+}
+
+// Error implements error.
+func (e *BlobError) Error() string { return fmt.Sprintf("blob %s: %v", e.Blob, e.Cause) }
+
+// Unwrap returns the cause.
+func (e *BlobError) Unwrap() error { return e.Cause }
+
 const (
 	// settled is how long nobody may have written to a file that is proven: a change
 	// within the same tick of the kernel's clock would not show in its times.
@@ -64,6 +77,8 @@ type Prover struct {
 	// Rate bounds how many bytes a second are read; nil for no bound. Its burst is at
 	// least rafs.MaxChunkSize.
 	Rate *rate.Limiter
+	// Again compares also what is proven already. What is wrong loses its proofs.
+	Again bool
 	// Now is the clock; nil for the real one.
 	Now func() time.Time
 	// Step, when set, is called before each step that changes or compares something, for
@@ -105,7 +120,7 @@ func (p *Prover) prove(ctx context.Context, cacheDir, path, digest string) (done
 	if err != nil {
 		return false, fmt.Errorf("read bootstrap: %w", err)
 	}
-	if Valid(cacheDir, digest, b) {
+	if !p.Again && Valid(cacheDir, digest, b) {
 		return false, nil
 	}
 	if err := proof.Suitable(b); err != nil {
@@ -125,7 +140,11 @@ func (p *Prover) prove(ctx context.Context, cacheDir, path, digest string) (done
 	for i := range tables {
 		file, err := p.blob(ctx, cacheDir, &tables[i])
 		if err != nil {
-			return false, fmt.Errorf("blob %s: %w", tables[i].Blob.ID, err)
+			err = &BlobError{tables[i].Blob.ID, err}
+			if p.Again && errors.Is(err, ErrWrong) {
+				err = errors.Join(err, proof.Remove(cacheDir, tables[i].Blob.ID))
+			}
+			return false, err
 		}
 		rec.Blobs = append(rec.Blobs, proof.Blob{ID: tables[i].Blob.ID, File: file})
 	}
