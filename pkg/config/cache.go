@@ -70,4 +70,5 @@ func (v *validator) cache(c Cache) {
 	}
 	v.between("cache.grace", c.Grace, 0, maxGrace)
 	v.between("cache.sweep_interval", c.SweepInterval, minSweep, maxSweep)
+	v.download(c)
 }

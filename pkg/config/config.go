@@ -187,6 +187,11 @@ type Cache struct {
 	Grace time.Duration `toml:"grace"`
 	// SweepInterval is how often the cache is looked at without a reason.
 	SweepInterval time.Duration `toml:"sweep_interval"`
+	// Download says which images are completed in the background; images may say it of
+	// themselves by their label. DownloadRate is how many bytes a second are fetched for
+	// it; 0 for no bound.
+	Download     Download `toml:"download"`
+	DownloadRate Size     `toml:"download_rate"`
 }
 
 // Log is the snapshotter's own log.
@@ -257,7 +262,7 @@ func Default() Config {
 			IdleLinger:  30 * time.Second,
 			Credentials: CredentialsSealed,
 		},
-		Cache: Cache{Grace: 10 * time.Minute, SweepInterval: 10 * time.Minute},
+		Cache: Cache{Grace: 10 * time.Minute, SweepInterval: 10 * time.Minute, Download: DownloadNever, DownloadRate: 16 << 20},
 		Log:   Log{Level: "info", Format: "text"},
 		Remote: Remote{
 			ConfigPath: "/etc/containerd/certs.d", Gateway: GatewayAuto, GatewayAddress: "127.0.0.1:476", GatewayVerify: true,
