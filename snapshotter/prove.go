@@ -51,7 +51,7 @@ func mountedImages(runDir string) ([]prove.Image, error) {
 		case errors.Is(err, fs.ErrNotExist):
 		case err != nil:
 			errs = append(errs, err)
-		case rec.Current == nil || !rec.Current.Ready || rec.Current.Shared || rec.Current.Daemonless():
+		case rec.Current == nil || !rec.Current.Ready || rec.Current.Shared || rec.Current.Daemonless() || rec.Current.Held:
 		default:
 			images = append(images, prove.Image{Name: rec.Image, CacheDir: rec.CacheDir, Bootstrap: instance.BootstrapPath(rec), Digest: rec.BootstrapDigest})
 		}

@@ -118,7 +118,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 
 	server := grpc.NewServer()
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sweeping{sn, cache}))
-	stop, err := startBackground(ctx, cfg, cache)
+	stop, err := startBackground(ctx, cfg, cache, newDownload(cfg, key, nydusd, logins, cache))
 	if err != nil {
 		return err
 	}
@@ -134,7 +134,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 
 // startBackground starts what looks after mounted images, until the returned function
 // is called.
-func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache) (stop func(), err error) {
+func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache, download func(context.Context) error) (stop func(), err error) {
 	reconciler := instance.NewReconciler(instance.ReconcilerConfig{
 		RunDir: cfg.RunDir, Root: cfg.Root, Linger: cfg.Mount.IdleLinger, Log: slog.Default(),
 	})
@@ -156,6 +156,7 @@ func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache) 
 	done.Go(func() {
 		keepRunning(background, "the cache is not swept", func(ctx context.Context) error { return cache.Run(ctx, cfg.Cache.SweepInterval) })
 	})
+	done.Go(func() { keepRunning(background, "images are not completed in the background", download) })
 	hung := hang.New(hang.Config{
 		RunDir: cfg.RunDir, Timeout: cfg.Daemon.HangTimeout, Asker: &probe.Prober{Program: spare.program}, Log: slog.Default(),
 	})
