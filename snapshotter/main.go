@@ -39,7 +39,7 @@ func newApp() *cli.App {
 		UseShortOptionHandling: true,
 		Writer:                 os.Stdout,
 		ErrWriter:              os.Stderr,
-		Commands:               []*cli.Command{serveCommand(), gatewayCommand(), psCommand(), cacheCommand(), daemonCommand(), registryCommand(), configCommand()},
+		Commands:               []*cli.Command{serveCommand(), gatewayCommand(), psCommand(), cacheCommand(), daemonCommand(), registryCommand(), imageCommand(), configCommand()},
 		// Usage errors go through main like all others.
 		ExitErrHandler: func(*cli.Context, error) {},
 		OnUsageError:   func(_ *cli.Context, err error, _ bool) error { return err },

@@ -68,7 +68,7 @@ func mountedImages(runDir string) ([]prove.Image, error) {
 		case errors.Is(err, fs.ErrNotExist):
 		case err != nil:
 			errs = append(errs, err)
-		case rec.Current == nil || !rec.Current.Ready || rec.Current.Shared || rec.Current.Daemonless():
+		case rec.Current == nil || !rec.Current.Ready || rec.Current.Shared || rec.Current.Daemonless() || rec.Current.Held:
 		default:
 			images = append(images, prove.Image{Name: rec.Image, CacheDir: rec.CacheDir, Bootstrap: instance.BootstrapPath(rec), Digest: rec.BootstrapDigest})
 		}
@@ -98,14 +98,14 @@ func (p *pulled) images(ctx context.Context) ([]prove.Image, error) {
 	if !p.changed.Swap(false) && now.Sub(p.listed) < relist {
 		return p.list, nil
 	}
-	list, err := pulledImages(ctx, p.root, p.place)
+	list, err := provable(ctx, p.root, p.place)
 	p.list, p.listed = list, now
 	return slices.Clip(list), err
 }
 
-// pulledImages lists the images whose place in the cache is known. Another one's backend is
+// provable lists the images whose place in the cache is known. Another one's backend is
 // not configured any more.
-func pulledImages(ctx context.Context, root string, place func(ctx context.Context, ref, backend string) (string, error)) ([]prove.Image, error) {
+func provable(ctx context.Context, root string, place func(ctx context.Context, ref, backend string) (string, error)) ([]prove.Image, error) {
 	all, err := snapshot.Images(root)
 	list := make([]prove.Image, 0, len(all))
 	for _, im := range all {
@@ -132,7 +132,7 @@ type proven struct {
 // proveCommand proves pulled images at once, those that are named or all, and fails unless
 // all of them are.
 func proveCommand(c *cli.Context, cfg config.Config, asJSON bool) error {
-	images, err := pulledImages(c.Context, cfg.Root, placed(cfg))
+	images, err := provable(c.Context, cfg.Root, placed(cfg))
 	if err != nil {
 		return fmt.Errorf("cache prove: %w", err)
 	}

@@ -122,7 +122,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	server := grpc.NewServer()
 	pulled := &pulled{root: cfg.Root, place: cache.Place, now: time.Now}
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sweeping{sn, cache, pulled}))
-	stop, err := startBackground(ctx, cfg, cache, pulled)
+	stop, err := startBackground(ctx, cfg, cache, pulled, newDownload(cfg, key, nydusd, logins, cache))
 	if err != nil {
 		return err
 	}
@@ -138,7 +138,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 
 // startBackground starts what looks after mounted images, until the returned function
 // is called.
-func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache, pulled *pulled) (stop func(), err error) {
+func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache, pulled *pulled, download func(context.Context) error) (stop func(), err error) {
 	reconciler := instance.NewReconciler(instance.ReconcilerConfig{
 		RunDir: cfg.RunDir, Root: cfg.Root, Linger: cfg.Mount.IdleLinger, Log: slog.Default(),
 	})
@@ -168,6 +168,7 @@ func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache, 
 	if cfg.Cache.ScrubInterval > 0 {
 		done.Go(func() { keepRunning(background, "the cache is not scrubbed", scrub(cfg, cache)) })
 	}
+	done.Go(func() { keepRunning(background, "images are not completed in the background", download) })
 	hung := hang.New(hang.Config{
 		RunDir: cfg.RunDir, Timeout: cfg.Daemon.HangTimeout, Asker: &probe.Prober{Program: spare.program}, Log: slog.Default(),
 	})

@@ -25,22 +25,19 @@ import (
 
 // snapshotOptions connects the snapshotter with what it asks for.
 func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf, logins registry.Keychain, cache *blob.Cache) (snapshot.Options, error) {
-	sealing, err := key.Derive(capabilityKey)
+	with, err := newBackends(cfg, key, logins)
 	if err != nil {
 		return snapshot.Options{}, err
 	}
 	o := snapshot.Options{
-		Root:    cfg.Root,
-		RunDir:  cfg.RunDir,
-		Managed: cfg.Mount.Style == config.StyleManaged,
-		Driver:  cfg.Mount.Driver,
-		Daemon:  daemon.spec,
-		Backends: backends{
-			rules: cfg.Backends, tuning: tuningOf(cfg.Daemon.ConfigTemplate), remote: cfg.Remote, endpoints: endpoints(cfg.Remote, logins), keychain: logins,
-			validate: cfg.Daemon.Validate, sealing: sealing, shared: cfg.Daemon.Mode == config.ModeShared,
-		},
-		Sealer: sealer{key},
-		Blobs:  cache,
+		Root:     cfg.Root,
+		RunDir:   cfg.RunDir,
+		Managed:  cfg.Mount.Style == config.StyleManaged,
+		Driver:   cfg.Mount.Driver,
+		Daemon:   daemon.spec,
+		Backends: with,
+		Sealer:   sealer{key},
+		Blobs:    cache,
 	}
 	if cfg.Image.ValidateSignature {
 		// Without keys nothing could be mounted: that is to show now.
@@ -54,6 +51,15 @@ func snapshotOptions(cfg config.Config, key mountspec.Key, daemon nydusdOf, logi
 		}
 	}
 	return o, nil
+}
+
+// newBackends finds images' backends as configured.
+func newBackends(cfg config.Config, key mountspec.Key, logins registry.Keychain) (backends, error) {
+	sealing, err := key.Derive(capabilityKey)
+	return backends{
+		rules: cfg.Backends, tuning: tuningOf(cfg.Daemon.ConfigTemplate), remote: cfg.Remote, endpoints: endpoints(cfg.Remote, logins), keychain: logins,
+		validate: cfg.Daemon.Validate, sealing: sealing, shared: cfg.Daemon.Mode == config.ModeShared,
+	}, err
 }
 
 func newSnapshotter(ctx context.Context, cfg config.Config, key mountspec.Key, daemon nydusdOf, logins registry.Keychain, cache *blob.Cache) (*snapshot.Snapshotter, error) {

@@ -74,4 +74,5 @@ func (v *validator) cache(c Cache) {
 	if c.ScrubInterval != 0 {
 		v.between("cache.scrub_interval", c.ScrubInterval, minSweep, maxScrub)
 	}
+	v.download(c)
 }

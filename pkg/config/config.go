@@ -200,6 +200,11 @@ type Cache struct {
 	// ScrubInterval is how often all of it is compared with the images' digests, 0 for
 	// never.
 	ScrubInterval time.Duration `toml:"scrub_interval"`
+	// Download says which images are completed in the background; images may say it of
+	// themselves by their label. DownloadRate is how many bytes a second are fetched for
+	// it; 0 for no bound.
+	Download     Download `toml:"download"`
+	DownloadRate Size     `toml:"download_rate"`
 }
 
 // Log is the snapshotter's own log.
@@ -270,7 +275,10 @@ func Default() Config {
 			IdleLinger:  30 * time.Second,
 			Credentials: CredentialsSealed,
 		},
-		Cache: Cache{Grace: 10 * time.Minute, SweepInterval: 10 * time.Minute, ScrubInterval: 7 * 24 * time.Hour},
+		Cache: Cache{
+			Grace: 10 * time.Minute, SweepInterval: 10 * time.Minute, ScrubInterval: 7 * 24 * time.Hour,
+			Download: DownloadNever, DownloadRate: 16 << 20,
+		},
 		Log:   Log{Level: "info", Format: "text"},
 		Remote: Remote{
 			ConfigPath: "/etc/containerd/certs.d", Gateway: GatewayAuto, GatewayAddress: "127.0.0.1:476", GatewayVerify: true,

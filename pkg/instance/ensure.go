@@ -40,6 +40,8 @@ type Spec struct {
 	// counts those.
 	env      []string
 	restarts int
+	// held says that it is for a Hold.
+	held bool
 	// Root receives the log and the link to the bootstrap, RunDir the rest.
 	Root, RunDir string
 	// Driver says whether the kernel may serve the image by itself, if its blobs are

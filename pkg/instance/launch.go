@@ -185,7 +185,10 @@ func (l *launch) next() {
 		Number: n, Mountpoint: dir.mountpoint(), Socket: dir.socket(), Supervisor: dir.supervisor(),
 		Threads: s.Daemon.Threads, LogLevel: s.Daemon.LogLevel, LogMaxSize: s.Daemon.LogMaxSize, OOMScoreAdj: s.Daemon.OOMScoreAdj,
 		Nydusd: s.Daemon.Path, Cgroup: s.Daemon.CgroupParent, MemoryLimit: s.Daemon.MemoryLimit, CPULimit: s.Daemon.CPULimit,
-		Started: time.Now().UTC(), Alone: s.Alone, Shared: l.shared, Restarts: s.restarts,
+		Started: time.Now().UTC(), Alone: s.Alone, Shared: l.shared, Restarts: s.restarts, Held: s.held,
+	}
+	if s.held {
+		l.gen.Supervisor = "" // nobody would miss it
 	}
 }
 

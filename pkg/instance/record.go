@@ -96,6 +96,9 @@ type Generation struct {
 	// Shared says that this is a pool's: the daemon serves Passengers.
 	Shared     bool        `json:"shared,omitempty"`
 	Passengers []Passenger `json:"passengers,omitempty"`
+	// Held says that it is a Hold's: the daemon fetches and serves nobody, and ends with
+	// the lock of the instance.
+	Held bool `json:"held,omitempty"`
 	// Revision counts what was added to the daemon since its start: a state that a
 	// daemon handed over before lacks it.
 	Revision int `json:"revision,omitempty"`

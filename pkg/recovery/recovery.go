@@ -173,8 +173,8 @@ func (r *Recovery) look(ctx context.Context, all *sync.WaitGroup) (pending bool)
 			continue
 		}
 		for _, g := range rec.Generations() {
-			if g.Berth != nil || g.Daemonless() {
-				continue // its pool has the daemon, or there is none
+			if g.Berth != nil || g.Daemonless() || g.Held {
+				continue // its pool has the daemon, or there is none, or nobody would miss it
 			}
 			if !g.Ready {
 				pending = true

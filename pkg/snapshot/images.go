@@ -15,9 +15,14 @@ type Image struct {
 	Ref, Backend string
 	// Digest is that of the bootstrap, sha256:….
 	Digest string
+	// Download is what the image's label asks for, see LabelDownload; "" for nothing.
+	Download string
 
-	dir string
+	dir, path string
 }
+
+// Path is where the image's bootstrap is. What lies there may be anything: see Open.
+func (i Image) Path() string { return filepath.Join(i.dir, "fs", i.path) }
 
 // Open opens the image's bootstrap, with the same care as when it was pulled. The error
 // wraps fs.ErrNotExist when the whole layer is gone.
@@ -55,7 +60,7 @@ func Images(root string) ([]Image, error) {
 		case err != nil:
 			errs = append(errs, err)
 		case r != nil && r.Kind == kindBootstrap:
-			list = append(list, Image{Ref: r.Image, Backend: r.Backend, Digest: r.Digest, dir: dir})
+			list = append(list, Image{Ref: r.Image, Backend: r.Backend, Digest: r.Digest, Download: r.Download, dir: dir, path: r.Path})
 		}
 	}
 	return list, errors.Join(errs...)

@@ -33,6 +33,8 @@ type record struct {
 	Image   string `json:"image"`
 	// Backend is the one that the layer's labels ask for.
 	Backend string `json:"backend,omitempty"`
+	// Download is what the labels ask for, one of Downloads.
+	Download string `json:"download,omitempty"`
 
 	// Blob is the id of a data layer's blob; empty when it was not known.
 	Blob string `json:"blob,omitempty"`

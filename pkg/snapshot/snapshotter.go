@@ -311,7 +311,7 @@ func (s *Snapshotter) admit(ctx context.Context, id, key string, info snapshots.
 	if err != nil {
 		return fmt.Errorf("commit nydus bootstrap layer %s%s: the image is refused: %w", key, ofImage(info.Labels[labelImage]), err)
 	}
-	r.Image, r.Backend = info.Labels[labelImage], info.Labels[LabelBackend]
+	r.Image, r.Backend, r.Download = info.Labels[labelImage], info.Labels[LabelBackend], downloadOf(info.Labels)
 	return writeRecord(s.dir(id), r)
 }
 

@@ -24,6 +24,8 @@ var licences = []struct {
 	// grants no patents: fine for the hash functions that come with it, look twice at
 	// anything else.
 	{"CC0-1.0", "This work is released into the public domain with CC0 1.0."},
+	// A public domain dedication, too, which disclaims warranties as MIT does.
+	{"Unlicense", "This is free and unencumbered software released into the public domain."},
 	{"MPL-2.0", "Mozilla Public License, version 2.0"},
 	{"MPL-2.0", "Mozilla Public License Version 2.0"},
 	{"MIT", "Permission is hereby granted, free of charge, to any person obtaining a copy"},
@@ -82,7 +84,7 @@ func licence(dir string) (string, error) {
 				return l.name, nil
 			}
 		}
-		return "", fmt.Errorf("%s is none of the licences that may be linked (Apache-2.0, MIT, BSD, ISC, MPL-2.0)", e.Name())
+		return "", fmt.Errorf("%s is none of the licences that may be linked (Apache-2.0, MIT, BSD, ISC, MPL-2.0, CC0-1.0, Unlicense)", e.Name())
 	}
 	return "", fmt.Errorf("no licence file in %s", dir)
 }

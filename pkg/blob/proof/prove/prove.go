@@ -104,6 +104,19 @@ func (im *Image) open() (*os.File, error) {
 // same tick of the kernel's clock would not show in its times.
 const Settled = 2 * time.Second
 
+// BlobError says of which blob an error is.
+type BlobError struct {
+	// Blob is its id.
+	Blob  string
+	Cause error
+}
+
+// Error implements error.
+func (e *BlobError) Error() string { return fmt.Sprintf("blob %s: %v", e.Blob, e.Cause) }
+
+// Unwrap returns the cause.
+func (e *BlobError) Unwrap() error { return e.Cause }
+
 const (
 	// maxChunks bounds how many chunks an image may have that is proven: each takes 56
 	// bytes of memory.
@@ -119,6 +132,8 @@ type Prover struct {
 	Rate *rate.Limiter
 	// Progress, when set, is told how many bytes of how many were compared.
 	Progress func(done, total int64)
+	// Again compares also what is proven already. What is wrong loses its proofs.
+	Again bool
 	// Now is the clock; nil for the real one.
 	Now func() time.Time
 	// Step, when set, is called before each step that changes or compares something, for
@@ -172,7 +187,7 @@ func (p *Prover) prove(ctx context.Context, im Image, known func(*rafs.Bootstrap
 	if known != nil {
 		known(b)
 	}
-	if Valid(cacheDir, digest, b) {
+	if !p.Again && Valid(cacheDir, digest, b) {
 		return false, nil
 	}
 	if err := proof.Suitable(b); err != nil {
@@ -193,7 +208,11 @@ func (p *Prover) prove(ctx context.Context, im Image, known func(*rafs.Bootstrap
 	for i := range tables {
 		file, err := p.blob(ctx, cacheDir, &tables[i])
 		if err != nil {
-			return false, fmt.Errorf("blob %s: %w", tables[i].Blob.ID, err)
+			err = &BlobError{tables[i].Blob.ID, err}
+			if p.Again && errors.Is(err, ErrWrong) {
+				err = errors.Join(err, proof.Remove(cacheDir, tables[i].Blob.ID))
+			}
+			return false, err
 		}
 		rec.Blobs = append(rec.Blobs, proof.Blob{ID: tables[i].Blob.ID, File: file})
 	}
