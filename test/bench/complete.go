@@ -260,6 +260,10 @@ func runIn(ctx context.Context, root string, hot bool, args []string) (time.Dura
 			return 0, err
 		}
 	}
+	// As a runtime makes it; perl does not start without.
+	if err := unix.Mknod(filepath.Join(root, "dev/null"), unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))); err != nil && !errors.Is(err, unix.EEXIST) {
+		return 0, fmt.Errorf("make /dev/null in %s: %w", root, err)
+	}
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Dir, cmd.Env = "/", []string{"PATH=/usr/bin", "LC_ALL=C"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root}
