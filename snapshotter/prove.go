@@ -19,6 +19,7 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof/prove"
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
+	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
 	"github.com/nydusfs/nydus-snapshotter/pkg/snapshot"
 )
@@ -46,7 +47,12 @@ func proveImages(cfg config.Config, pulled *pulled) func(context.Context) error 
 	}
 	return func(ctx context.Context) error {
 		if err := rootfs.ProbeEROFS(cfg.Root); err != nil {
-			log.G(ctx).WithError(err).WithField("driver", cfg.Mount.Driver).Warn("this node cannot serve images without nydusd")
+			// With auto it is no fault of anybody's.
+			level := log.InfoLevel
+			if cfg.Mount.Driver == mountspec.DriverEROFS {
+				level = log.WarnLevel
+			}
+			log.G(ctx).WithError(err).WithField("driver", cfg.Mount.Driver).Log(level, "this node cannot serve images without nydusd")
 			<-ctx.Done()
 			return nil
 		}

@@ -271,7 +271,7 @@ func Default() Config {
 		},
 		Mount: Mount{
 			Style:       StyleHelper,
-			Driver:      mountspec.DriverFUSE,
+			Driver:      mountspec.DriverAuto,
 			IdleLinger:  30 * time.Second,
 			Credentials: CredentialsSealed,
 		},

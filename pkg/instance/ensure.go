@@ -143,6 +143,7 @@ func (i *Instance) serves(ctx context.Context) (bool, error) {
 	err := within(ctx, i.hang, func() error { return answers(g) })
 	switch {
 	case err == nil:
+		readMetadataAhead(g)
 		return true, nil
 	case ctx.Err() != nil:
 		return false, err
@@ -218,7 +219,7 @@ func (i *Instance) start(ctx context.Context, s Spec) error {
 	defer cancel()
 	i.describe(s)
 	if s.Driver == mountspec.DriverAuto || s.Driver == mountspec.DriverEROFS {
-		err := i.mountProven(ctx, s)
+		err := i.daemonless(ctx, s)
 		if err != nil && s.IDMapped {
 			return unmappable(err)
 		}

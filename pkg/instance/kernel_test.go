@@ -1,9 +1,13 @@
 package instance
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
@@ -81,4 +85,43 @@ func TestDaemonlessOutlived(t *testing.T) {
 	if _, err := os.Stat(filepath.Dir(old.Mountpoint)); err == nil {
 		t.Error("its directory is left")
 	}
+}
+
+// A mount on an instance without a daemon fetches metadata that the kernel has dropped.
+func TestMetadataAhead(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "bootstrap")
+	must(t, os.WriteFile(path, make([]byte, 1<<20), 0o600))
+	f, err := os.Open(path)
+	must(t, err)
+	defer f.Close()
+	must(t, f.Sync())
+	must(t, unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
+	cached := func() int {
+		var stat unix.Cachestat_t
+		must(t, unix.Cachestat(uint(f.Fd()), &unix.CachestatRange{}, &stat, 0))
+		return int(stat.Cache) * os.Getpagesize()
+	}
+	readMetadataAhead(&Generation{Source: path, Driver: mountspec.DriverFUSE})
+	if n := cached(); n > 0 {
+		t.Fatalf("%d bytes are in memory after they were dropped, or were read for a daemon", n)
+	}
+	readMetadataAhead(&Generation{Source: path, Driver: mountspec.DriverEROFS})
+	if n := cached(); n != 1<<20 {
+		t.Errorf("%d bytes are in memory or on their way", n)
+	}
+	readMetadataAhead(&Generation{Source: path + "-missing", Driver: mountspec.DriverEROFS})
+}
+
+func TestVerdict(t *testing.T) {
+	s := Spec{RunDir: t.TempDir(), Root: "/var/lib/one"}
+	must(t, condemned(s))
+	must(t, condemn(s, fmt.Errorf("mount: %w", unix.EINVAL)))
+	must(t, condemned(s))
+	must(t, condemn(s, fmt.Errorf("mount: %w", unix.ENOTBLK)))
+	if err := condemned(s); err == nil || !strings.Contains(err.Error(), unix.ENOTBLK.Error()) || !strings.Contains(err.Error(), s.RunDir) {
+		t.Errorf("after a refusal: %v", err)
+	}
+	other := s
+	other.Root = "/var/lib/two"
+	must(t, condemned(other))
 }

@@ -76,6 +76,10 @@ func explained(ctx int, err error) error {
 	return fmt.Errorf("%w (%q)", err, text[:n])
 }
 
+// CannotEROFS tells whether an error of EROFS or ProbeEROFS lies in the kernel, or in where
+// the bootstrap lies: the next try on this node ends the same.
+func CannotEROFS(err error) bool { return erofsHint(err) != "" }
+
 func erofsHint(err error) string {
 	switch {
 	case errors.Is(err, unix.ENODEV):

@@ -54,7 +54,7 @@ func (l *lab) run(t kit.TB) error {
 	if err := l.setUp(t); err != nil {
 		return err
 	}
-	l.rounds.count(l.options)
+	l.rounds.count(l.options, works)
 	for _, w := range works {
 		if !l.options.wants(w.name) {
 			continue
@@ -95,13 +95,18 @@ func (l *lab) setUp(t kit.TB) error {
 			"mount.idle_linger": "1s", // works wait for an instance to end
 		},
 	})
-	// containerd's client mounts images itself to read their /etc/group.
+	l.usePath()
+	return nil
+}
+
+// usePath takes the node's PATH: containerd's client mounts images itself to read their
+// /etc/group.
+func (l *lab) usePath() {
 	for _, e := range l.node.Env() {
 		if path, ok := strings.CutPrefix(e, "PATH="); ok {
 			os.Setenv("PATH", path)
 		}
 	}
-	return nil
 }
 
 // pull pulls both images unless they are there.

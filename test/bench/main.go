@@ -17,6 +17,7 @@ import (
 	"io"
 	"os"
 	"regexp"
+	"slices"
 
 	"github.com/nydusfs/nydus-snapshotter/test/demo/show"
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
@@ -82,9 +83,10 @@ func main() {
 		fmt.Fprintf(os.Stderr, "bench: %v; see bench -help\n", err)
 		os.Exit(2)
 	case o.list:
-		for _, w := range works {
+		for _, w := range append(slices.Clone(works), completeWorks()...) {
 			fmt.Println(w.name)
 		}
+		fmt.Println(completeName)
 		fmt.Println(binaryName)
 		fmt.Println(memoryName)
 		fmt.Println(gatewayName)
@@ -124,6 +126,7 @@ func (l *lab) sessions() error {
 	}{
 		{true, l.describe},
 		{l.options.wantsWork(), l.run},
+		{l.options.wantsComplete(), l.complete},
 		{l.options.wants(binaryName), l.binary},
 		{l.options.wants(memoryName), l.memory},
 		{l.options.wants(gatewayName), l.gateway},

@@ -129,8 +129,8 @@ func (l *lab) repeat(ctx context.Context, c *contest, r *result) error {
 // progressOf counts the rounds of a whole run.
 type progressOf struct{ done, all int }
 
-func (p *progressOf) count(o options) {
-	for _, w := range works {
+func (p *progressOf) count(o options, list []work) {
+	for _, w := range list {
 		if o.wants(w.name) {
 			p.all += o.rounds + 1
 		}

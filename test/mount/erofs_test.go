@@ -17,6 +17,7 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
+	"github.com/nydusfs/nydus-snapshotter/test/kit"
 )
 
 // provable is the spec of an image whose daemon fetches all of it, into a cache that
@@ -262,6 +263,41 @@ func TestHoledIsNeverRead(t *testing.T) {
 	e.holds(img, target)
 	e.served(mountspec.DriverFUSE)
 	e.unmount(target)
+}
+
+// TestKernelCannot has the cache and the bootstrap where the kernel mounts no files: that is
+// found out once.
+func TestKernelCannot(t *testing.T) {
+	e := newEnv(t)
+	dir, err := os.MkdirTemp(kit.RunRoot, "root")
+	must(t, err)
+	t.Cleanup(func() { must(t, os.RemoveAll(dir)) })
+	e.root = dir
+	e.key, err = mountspec.KeyDir(mountspec.DefaultKeyDir).Ensure(e.root)
+	must(t, err)
+	verdict := filepath.Join(runDir, "no-erofs")
+	t.Cleanup(func() { must(t, errors.Join(e.tidy(soon), os.Remove(verdict))) })
+	img := small(t, "one")
+	s := e.provable(img)
+	e.complete(img, s)
+	for _, c := range []struct{ said, not string }{
+		{"block devices only", "could not before"},
+		{"could not before", "nothing"},
+	} {
+		target := e.mustMount(e.by(mountspec.DriverAuto, s))
+		e.holds(img, target)
+		e.daemons(1)
+		log, err := os.ReadFile(filepath.Join(e.root, "instances", s.Instance, "nydusd.log"))
+		if err != nil || !strings.Contains(string(log), c.said) || strings.Contains(string(log), c.not) {
+			t.Errorf("the log does not say %q, or does %q (%v):\n%s", c.said, c.not, err, log)
+		}
+		e.unmount(target)
+		must(t, e.tidy(soon))
+	}
+	// Who asks for the kernel alone hears from the kernel.
+	if r := e.mount(e.by(mountspec.DriverEROFS, s), e.target()); r.code == 0 || !strings.Contains(r.out, "block devices only") || strings.Contains(r.out, "could not before") {
+		t.Errorf("erofs: %+v", r)
+	}
 }
 
 // TestProofSurvivesDaemons has a daemon work on the complete blobs again: it must not
