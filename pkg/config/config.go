@@ -279,7 +279,7 @@ func Default() Config {
 			Grace: 10 * time.Minute, SweepInterval: 10 * time.Minute, ScrubInterval: 7 * 24 * time.Hour,
 			Download: DownloadNever, DownloadRate: 16 << 20,
 		},
-		Log:   Log{Level: "info", Format: "text"},
+		Log: Log{Level: "info", Format: "text"},
 		Remote: Remote{
 			ConfigPath: "/etc/containerd/certs.d", Gateway: GatewayAuto, GatewayAddress: "127.0.0.1:476", GatewayVerify: true,
 			PlainHTTP: []string{}, SkipVerify: []string{},

@@ -2,7 +2,6 @@
 // without containerd and without the snapshotter: it makes the mount option
 // itself and calls the helper as mount.fuse3, mount(8) and an administrator do.
 //
-
 // TestImages makes images of every kind with content by chance, and compares them in every
 // way in which they are served:
 //
