@@ -82,10 +82,39 @@ func trustCache(ctx context.Context, runDir, cacheDir string, out *checkpoint.Re
 	return writeFile(note, []byte(id))
 }
 
+// pruneNotes removes what is noted about cache directories that are gone.
+func pruneNotes(runDir, root string) error {
+	// Before the directories are listed: whoever makes a directory and a note meanwhile
+	// keeps it.
+	notes, err := filepath.Glob(filepath.Join(runDir, notePrefix+"*"))
+	if err != nil {
+		return err
+	}
+	top := filepath.Join(root, "cache")
+	entries, err := os.ReadDir(top)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	there := map[string]bool{}
+	for _, e := range entries {
+		there[trustNote(runDir, filepath.Join(top, e.Name()))] = true
+	}
+	var errs []error
+	for _, note := range notes {
+		if !there[note] {
+			errs = append(errs, remove(note))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// notePrefix begins the names of such notes in the run directory.
+const notePrefix = "cache-"
+
 // trustNote is the file that says that a cache directory was looked at in this boot.
 func trustNote(runDir, cacheDir string) string {
 	sum := sha256.Sum256([]byte(cacheDir))
-	return filepath.Join(runDir, "cache-"+hex.EncodeToString(sum[:8]))
+	return filepath.Join(runDir, notePrefix+hex.EncodeToString(sum[:8]))
 }
 
 func trusted(note, cacheDir string) bool {

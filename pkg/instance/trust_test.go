@@ -1,6 +1,7 @@
 package instance
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -67,5 +68,36 @@ func TestTrustCache(t *testing.T) {
 	}
 	if _, err := TrustCache(t.Context(), filepath.Join(run, "none"), cache); err == nil || !strings.Contains(err.Error(), cache) {
 		t.Errorf("without a run directory: %v", err)
+	}
+}
+
+// TestNotesGoWithTheirDirectories: what is noted about a cache directory that is gone goes.
+func TestNotesGoWithTheirDirectories(t *testing.T) {
+	root, run := t.TempDir(), t.TempDir()
+	stays, goes := filepath.Join(root, "cache", "stays"), filepath.Join(root, "cache", "goes")
+	for _, dir := range []string{stays, goes} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := TrustCache(t.Context(), run, dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.RemoveAll(goes); err != nil {
+		t.Fatal(err)
+	}
+	if err := pruneNotes(run, root); err != nil {
+		t.Fatal(err)
+	}
+	for dir, want := range map[string]bool{stays: true, goes: false} {
+		if _, err := os.Stat(trustNote(run, dir)); (err == nil) != want {
+			t.Errorf("the note about %s is there: %t, want %t", dir, err == nil, want)
+		}
+	}
+	if err := errors.Join(os.RemoveAll(filepath.Join(root, "cache")), pruneNotes(run, root)); err != nil {
+		t.Fatal(err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(run, notePrefix+"*")); len(left) > 0 {
+		t.Errorf("left are %q", left)
 	}
 }

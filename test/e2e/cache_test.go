@@ -53,7 +53,8 @@ func usage(t *testing.T, n *kit.Node) (total int64) {
 	t.Helper()
 	sn := n.Client().SnapshotService(n.SnapshotterName())
 	err := sn.Walk(t.Context(), func(ctx context.Context, info snapshots.Info) error {
-		if info.Kind != snapshots.KindCommitted || info.Labels["containerd.io/snapshot/nydus-blob"] != "true" {
+		// Their kind is no sign: it tells CRI when to ask for their usage.
+		if info.Labels["containerd.io/snapshot/nydus-blob"] != "true" {
 			return nil
 		}
 		u, err := sn.Usage(ctx, info.Name)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/leases"
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
@@ -118,6 +119,19 @@ func TestSweepsUnderLoad(t *testing.T) {
 	}
 }
 
+// collect has containerd remove what nothing refers to.
+func collect(t *testing.T, n *kit.Node) {
+	t.Helper()
+	service := n.Client().LeasesService()
+	lease, err := service.Create(t.Context(), leases.WithRandomID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := service.Delete(t.Context(), lease, leases.SynchronousDelete); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // number is what a variable of the environment says, if it is set.
 func number(t *testing.T, name string, otherwise uint64) uint64 {
 	t.Helper()
@@ -218,9 +232,11 @@ func (l *load) kept() {
 	}
 }
 
-// settled waits until nothing is cached but what is needed.
+// settled waits until nothing is cached but what is needed. Removing a container alone does
+// not make containerd collect the layers of an image that is gone.
 func (l *load) settled() {
 	l.t.Helper()
+	collect(l.t, l.n)
 	wantBlobs(l.t, l.n, l.needed())
 }
 

@@ -322,6 +322,7 @@ func (c *canary) lookups(t *testing.T) {
 	pulled := c.pull(t, img, "looked-up:1")
 	file := filepath.Join(c.docker, "config.json")
 	writeFile(t, file, `{"auths": {"`+c.registry.Host+`": {"auth": "`+c.right.password+`"`, 0o600)
+	restart(t, c.Node) // one that runs goes on with the login that was there before
 	_, err := c.Run(t.Context(), pulled, "broken-login", kit.RunOptions{})
 	c.failed(t, "login that is no JSON", err, "looked-up:1", file, "not JSON as docker login writes it")
 

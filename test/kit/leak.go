@@ -174,6 +174,9 @@ func capture() (*state, error) {
 		if mounted[path] {
 			return fs.SkipDir // a container's root or an image is no run-directory entry
 		}
+		if err == nil && !d.IsDir() && strings.HasPrefix(d.Name(), "cache-") {
+			return nil // says for the whole boot that a cache directory was looked at
+		}
 		if err == nil && (!d.IsDir() || strings.Contains(filepath.Dir(path)+"/", "/i/")) {
 			s.entries[path] = true
 		}
