@@ -274,7 +274,7 @@ func (b backends) throughGateway(out snapshot.Backend, ref string, route registr
 // gatewayRetries is how often nydusd asks again, after half a second and then twice as
 // long each time, for the case that the gateway ends. It is not for registries, which the
 // gateway itself asks again.
-const gatewayRetries = 5
+const gatewayRetries = 4
 
 // rendered renders nydusd's configuration.
 func (b backends) rendered(at nydusd.Backend) func(cacheDir string) (string, error) {

@@ -255,7 +255,7 @@ func TestAllGone(t *testing.T) {
 		t.Errorf("all hosts are gone: %v, %+v after %s", err, got, took)
 	}
 	c.refusal(clusterName, c.hosts[0].Host, c.hosts[1].Host, c.hosts[2].Host, "connection refused")
-	// nydusd asks again for some 16 s, and the kernel has it ask for each piece that it
+	// nydusd asks again for some 8 s, and the kernel has it ask for each piece that it
 	// reads ahead, at worst one after the other.
 	const bounded = 3 * time.Minute
 	timer := time.NewTimer(bounded)
