@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -140,7 +142,7 @@ func (i *Instance) serves(ctx context.Context) (bool, error) {
 	if g == nil || !g.Ready || g.Failed {
 		return false, nil
 	}
-	err := within(ctx, i.hang, func() error { return answers(g) })
+	err := within(ctx, i.hang, func() error { return empty(func() error { return answers(g) }) })
 	switch {
 	case err == nil:
 		readMetadataAhead(g)
@@ -253,7 +255,7 @@ var errNoAnswer = errors.New("no answer")
 // question, so the kernel takes it back when this process ends. (Only one that
 // was stopped between reading and answering keeps this process with it.)
 func askWithin(ctx context.Context, mountpoint string, timeout time.Duration) error {
-	return within(ctx, timeout, func() error { return ask(mountpoint) })
+	return within(ctx, timeout, func() error { return empty(func() error { return ask(mountpoint) }) })
 }
 
 // within makes a call that may hang, see askWithin.
@@ -275,6 +277,22 @@ func within(ctx context.Context, timeout time.Duration, call func() error) error
 		return fmt.Errorf("%w: %w", errNoAnswer, context.Cause(ctx))
 	}
 }
+
+// empty calls call in a thread that has no files. A process that is killed while a daemon
+// owes it an answer is not gone before that comes, and keeps the files of the thread that
+// waits: the instance's lock among them, for which the next mount would wait in vain.
+//
+// It is to be called in a goroutine of its own, whose thread ends with it.
+func empty(call func() error) error {
+	runtime.LockOSThread()
+	if unix.Unshare(unix.CLONE_FILES) == nil {
+		_ = unix.CloseRange(firstOwn, math.MaxUint32, 0)
+	}
+	return call()
+}
+
+// firstOwn is the first file descriptor behind the standard ones.
+const firstOwn = 3
 
 // ask makes a filesystem answer, and look into the root directory: a bootstrap
 // with a sound head and a broken root gets no further.

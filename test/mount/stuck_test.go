@@ -79,10 +79,17 @@ func TestDaemonThatWaitsForItself(t *testing.T) {
 	must(t, cmd.Start())
 	must(t, waitFor(func() bool { return len(mounted(t, runDir+"/")) > 0 }))
 	must(t, cmd.Process.Kill())
-	_ = cmd.Wait()
+	// It is not gone as long as it waits for the daemon, but it has let the lock go.
+	gone := make(chan error, 1)
+	go func() { gone <- cmd.Wait() }()
 	target := e.mustMount(e.spec(img))
 	e.holds(img, target)
 	e.unmount(target)
+	select {
+	case <-gone:
+	case <-time.After(soon):
+		t.Errorf("the killed helper is still there after %s", soon)
+	}
 	if left := processesOf(t, path); len(left) > 0 {
 		t.Errorf("left running: %v", left)
 	}
