@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"runtime"
 	"slices"
 	"time"
 
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
+	"github.com/nydusfs/nydus-snapshotter/pkg/thread"
 )
 
 const (
@@ -112,7 +112,7 @@ func (c *Cache) newScrubber(how Scrubbing) (*scrubber, error) {
 		return nil, err
 	}
 	s.plan()
-	go s.idle()
+	go thread.Throwaway(s.idle)
 	return s, nil
 }
 
@@ -123,9 +123,8 @@ func (s *scrubber) close() {
 	}
 }
 
-// idle does the work that takes long, on a thread of its own that ends with it.
+// idle does the work that takes long, on a thread of its own.
 func (s *scrubber) idle() {
-	runtime.LockOSThread()
 	if err := beIdle(); err != nil {
 		s.o.Log.Warn("the cache is scrubbed at the usual priority", "error", err)
 	}

@@ -4,15 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
+	"os"
 	"path/filepath"
-	"runtime"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
+	"github.com/nydusfs/nydus-snapshotter/pkg/thread"
 )
 
 // DefaultStartTimeout bounds a daemon's start when the spec does not.
@@ -281,18 +282,34 @@ func within(ctx context.Context, timeout time.Duration, call func() error) error
 // empty calls call in a thread that has no files. A process that is killed while a daemon
 // owes it an answer is not gone before that comes, and keeps the files of the thread that
 // waits: the instance's lock among them, for which the next mount would wait in vain.
-//
-// It is to be called in a goroutine of its own, whose thread ends with it.
-func empty(call func() error) error {
-	runtime.LockOSThread()
-	if unix.Unshare(unix.CLONE_FILES) == nil {
-		_ = unix.CloseRange(firstOwn, math.MaxUint32, 0)
-	}
-	return call()
+func empty(call func() error) (err error) {
+	thread.Throwaway(func() {
+		if unix.Unshare(unix.CLONE_FILES) == nil {
+			closeFiles()
+		}
+		err = call()
+	})
+	return err
 }
 
-// firstOwn is the first file descriptor behind the standard ones.
-const firstOwn = 3
+// closeFiles closes all files of the thread. What is no file stays: Go's scheduler wakes its
+// poller from whatever thread it is on, by a descriptor that must be good.
+func closeFiles() {
+	const dir = "/proc/thread-self/fd"
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return // then it is as without: it takes a kill at this very moment to be missed
+	}
+	for _, e := range entries {
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil || fd <= unix.Stderr {
+			continue
+		}
+		if path, err := os.Readlink(filepath.Join(dir, e.Name())); err == nil && filepath.IsAbs(path) {
+			unix.Close(fd)
+		}
+	}
+}
 
 // ask makes a filesystem answer, and look into the root directory: a bootstrap
 // with a sound head and a broken root gets no further.

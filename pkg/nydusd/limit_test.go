@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/thread"
 )
 
 // testCgroup is a cgroup that is gone, with its parent, after the test.
@@ -130,7 +132,7 @@ func TestLimitsAreWrittenBeforeTheStart(t *testing.T) {
 	c := testCgroup(t)
 	c.Memory, c.CPU = 64<<20, 1500
 	var p *place
-	onThrowawayThread(func() {
+	thread.Throwaway(func() {
 		p = c.enter(&syscall.SysProcAttr{})
 		p.close()
 	})

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
+	"github.com/nydusfs/nydus-snapshotter/pkg/thread"
 )
 
 func must(t *testing.T, err error) {
@@ -217,7 +218,7 @@ func TestStartInACgroup(t *testing.T) {
 			command, log := scriptCommand(t, Command{Cgroup: c}, "while read -r line; do echo \"$line\"; done < /proc/self/cgroup")
 			var p *Process
 			var homes []byte
-			onThrowawayThread(func() {
+			thread.Throwaway(func() {
 				enter()
 				if homes, err = os.ReadFile("/proc/thread-self/cgroup"); err == nil {
 					p, err = start(command)
@@ -259,7 +260,7 @@ func TestStartInACgroup(t *testing.T) {
 func TestThrowawayThread(t *testing.T) {
 	seen := map[int]bool{}
 	for range 50 {
-		onThrowawayThread(func() {
+		thread.Throwaway(func() {
 			id := unix.Gettid()
 			if id == unix.Getpid() {
 				t.Error("ran on the main thread")

@@ -4,13 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/thread"
 )
 
 // Command describes one daemon that serves images over FUSE.
@@ -65,29 +66,11 @@ func Start(c Command) (*Process, error) {
 	var p *Process
 	var err error
 	// A child inherits signal mask and cgroup from the thread that forks.
-	onThrowawayThread(func() { p, err = start(c) })
+	thread.Throwaway(func() { p, err = start(c) })
 	if err != nil {
 		return nil, fmt.Errorf("start nydusd %s: %w", c.Path, err)
 	}
 	return p, nil
-}
-
-// onThrowawayThread runs f on a thread that ends afterwards, whatever f made of
-// it. The main thread never ends before the process does, so it is not taken.
-func onThrowawayThread(f func()) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread()
-		if unix.Gettid() != unix.Getpid() {
-			f() // and stays locked
-			return
-		}
-		// As long as this goroutine holds the main thread, no other gets it.
-		onThrowawayThread(f)
-		runtime.UnlockOSThread()
-	}()
-	<-done
 }
 
 func start(c Command) (*Process, error) {

@@ -26,8 +26,8 @@ func EROFS(target, bootstrap string, devices []*os.File) error {
 		return fmt.Errorf("mount the image through the kernel's EROFS: %w%s", err, erofsHint(err))
 	}
 	defer unix.Close(fd)
-	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		return fmt.Errorf("mount the image through the kernel's EROFS: %w", &os.PathError{Op: "move_mount", Path: target, Err: err})
+	if err := attach(fd, target); err != nil {
+		return fmt.Errorf("mount the image through the kernel's EROFS: %w", err)
 	}
 	if err := Private(target); err != nil {
 		return errors.Join(err, Detach(target))

@@ -5,13 +5,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 
 	"github.com/moby/sys/mount"
 	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/thread"
 )
 
 // IDMap says which ids on the host stand for those in an image, for a container in a user
@@ -226,24 +227,16 @@ func (o Overlay) assemble(target string, userns *os.File) (int, error) {
 // elsewhere runs fn in a copy of the mount namespace, on a thread of its own that ends with
 // it. What is unmounted outside goes there too, and what is mounted there stays there.
 func elsewhere(fn func() (int, error)) (int, error) {
-	type result struct {
-		fd  int
-		err error
-	}
-	done := make(chan result, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		err := unix.Unshare(unix.CLONE_NEWNS)
-		if err == nil {
+	fd, err := -1, error(nil)
+	thread.Throwaway(func() {
+		if err = unix.Unshare(unix.CLONE_NEWNS); err == nil {
 			err = unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, "")
 		}
 		if err != nil {
-			done <- result{-1, fmt.Errorf("make a mount namespace: %w", err)}
+			err = fmt.Errorf("make a mount namespace: %w", err)
 			return
 		}
-		fd, err := fn()
-		done <- result{fd, err}
-	}()
-	r := <-done
-	return r.fd, r.err
+		fd, err = fn()
+	})
+	return fd, err
 }

@@ -6,11 +6,12 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 
 	"github.com/moby/sys/mount"
 	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/thread"
 )
 
 // Overlay describes one overlay mount. Paths are absolute.
@@ -124,20 +125,19 @@ func at(dir string, fn func() error) error {
 	if dir == "" {
 		return fn()
 	}
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		if err := unix.Unshare(unix.CLONE_FS); err != nil {
-			done <- fmt.Errorf("give the mounting thread a working directory of its own: %w", err)
+	var err error
+	thread.Throwaway(func() {
+		if err = unix.Unshare(unix.CLONE_FS); err != nil {
+			err = fmt.Errorf("give the mounting thread a working directory of its own: %w", err)
 			return
 		}
-		if err := unix.Chdir(dir); err != nil {
-			done <- fmt.Errorf("change to %s: %w", dir, err)
+		if err = unix.Chdir(dir); err != nil {
+			err = fmt.Errorf("change to %s: %w", dir, err)
 			return
 		}
-		done <- fn()
-	}()
-	return <-done
+		err = fn()
+	})
+	return err
 }
 
 func hint(err error) string {
