@@ -23,6 +23,8 @@ const (
 	recheck = time.Second
 	// pruneEvery is how often the disk is cleaned.
 	pruneEvery = time.Hour
+	// slowPass is more than any pass takes whose disk answers.
+	slowPass = 5 * time.Second
 	// logRetention is how long the log of an instance that is gone is kept.
 	logRetention = 24 * time.Hour
 )
@@ -77,7 +79,7 @@ func (r *Reconciler) Run(ctx context.Context) error {
 		if r.cfg.Now().Sub(r.pruned) > pruneEvery {
 			r.pruneDisk(ctx)
 		}
-		timer := time.NewTimer(r.pass(ctx))
+		timer := time.NewTimer(r.timed(ctx))
 		select {
 		case <-ctx.Done():
 			timer.Stop()
@@ -105,6 +107,18 @@ func poke(c chan<- struct{}) {
 	case c <- struct{}{}:
 	default: // one is on its way already
 	}
+}
+
+// timed is pass, and tells when it took long: daemons that stay after their last mount
+// would otherwise look like a fault of the reconciler.
+func (r *Reconciler) timed(ctx context.Context) time.Duration {
+	began := r.cfg.Now()
+	next := r.pass(ctx)
+	if took := r.cfg.Now().Sub(began); took > slowPass {
+		r.cfg.Log.Warn("idle instances are released late: it took long to look at all instances; is the disk of run_dir busy?",
+			"run_dir", r.cfg.RunDir, "took", took.Round(time.Millisecond))
+	}
+	return next
 }
 
 // pass looks at every instance once and returns when it wants to look again

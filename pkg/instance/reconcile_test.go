@@ -1,10 +1,12 @@
 package instance
 
 import (
+	"bytes"
 	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -154,4 +156,22 @@ func anyDevice(t *testing.T) string {
 		t.Fatal("/proc is not mounted")
 	}
 	return m.Dev
+}
+
+// TestSlowPassIsTold has a clock that goes on by a step each time it is asked.
+func TestSlowPassIsTold(t *testing.T) {
+	for _, tc := range []struct {
+		step time.Duration
+		told bool
+	}{{slowPass / 10, false}, {2 * slowPass, true}} {
+		r, c := newTestReconciler(t, time.Minute)
+		served(t, r, true)
+		var log bytes.Buffer
+		r.cfg.Log = slog.New(slog.NewTextHandler(&log, nil))
+		r.cfg.Now = func() time.Time { c.now = c.now.Add(tc.step); return c.now }
+		r.timed(t.Context())
+		if told := strings.Contains(log.String(), "released late"); told != tc.told {
+			t.Errorf("a clock that goes on by %v: told %v, want %v: %s", tc.step, told, tc.told, &log)
+		}
+	}
 }
