@@ -21,7 +21,7 @@ const (
 	// lookEvery is how often it is looked whether an image has become complete, which
 	// makes no event: nydusd marks what is there in memory that it has mapped. It takes a
 	// stat of the files of each image, and a read of the chunk maps that have changed.
-	lookEvery = 15 * time.Second
+	lookEvery = 5 * time.Second
 	// quiet is how long nobody may have written to an image's files until they are not
 	// read again before they change. A chunk is marked soon after its data was written, and
 	// the mark alone may not show in the map's times.
