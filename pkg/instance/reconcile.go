@@ -25,6 +25,8 @@ const (
 	pruneEvery = time.Hour
 	// slowPass is more than any pass takes whose disk answers.
 	slowPass = 5 * time.Second
+	// lockedLong is more than any helper works on an instance that nothing hinders.
+	lockedLong = 10 * time.Second
 	// logRetention is how long the log of an instance that is gone is kept.
 	logRetention = 24 * time.Hour
 )
@@ -53,6 +55,8 @@ type Reconciler struct {
 	// failing is what went wrong with an instance when it was last looked at: a disk that
 	// cannot be written to is told once, and not in each pass.
 	failing map[string]string
+	// locked is since when others have had an instance locked; zero once that was told.
+	locked map[string]time.Time
 	// pruned is when the disk was last cleaned.
 	pruned time.Time
 	// waiting holds the retired daemons that are being waited for, by PID;
@@ -140,11 +144,13 @@ func (r *Reconciler) pass(ctx context.Context) time.Duration {
 		r.cfg.Log.Error("look for idle instances", "error", err)
 		return recheck
 	}
-	seen, failing := map[string]time.Time{}, map[string]string{}
+	seen, failing, locked := map[string]time.Time{}, map[string]string{}, map[string]time.Time{}
 	for _, l := range r.poolsLast(keys) {
 		key := l.key
 		wait, err := r.look(ctx, key, l.rec, x)
-		if err != nil && !errors.Is(err, errLocked) && !errors.Is(err, errEnded) {
+		if errors.Is(err, errLocked) {
+			locked[key] = r.lockedSince(key)
+		} else if err != nil && !errors.Is(err, errEnded) {
 			failing[key] = err.Error()
 			if r.failing[key] != failing[key] {
 				r.cfg.Log.Error("reconcile instance", "instance", key, "error", err)
@@ -158,8 +164,24 @@ func (r *Reconciler) pass(ctx context.Context) time.Duration {
 		}
 		next = min(next, wait)
 	}
-	r.idle, r.failing = seen, failing
+	r.idle, r.failing, r.locked = seen, failing, locked
 	return max(next, settle)
+}
+
+// lockedSince returns since when others have had the instance locked, and tells when that
+// is for long: until then nobody else can mount the image, and nothing releases it.
+func (r *Reconciler) lockedSince(key string) time.Time {
+	since, known := r.locked[key]
+	now := r.cfg.Now()
+	switch {
+	case !known:
+		return now
+	case since.IsZero() || now.Sub(since) < lockedLong:
+		return since
+	}
+	r.cfg.Log.Warn("an instance has been locked for long: its image can be neither mounted nor released meanwhile",
+		"instance", key, "pids", lockHolders(dirOf(r.cfg.RunDir, key).lock()), "for", now.Sub(since).Round(time.Second))
+	return time.Time{}
 }
 
 // listed is an instance, and its record as of the pass; nil when it could not be

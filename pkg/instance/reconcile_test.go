@@ -2,6 +2,7 @@ package instance
 
 import (
 	"bytes"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -173,5 +174,27 @@ func TestSlowPassIsTold(t *testing.T) {
 		if told := strings.Contains(log.String(), "released late"); told != tc.told {
 			t.Errorf("a clock that goes on by %v: told %v, want %v: %s", tc.step, told, tc.told, &log)
 		}
+	}
+}
+
+// TestLongLockIsTold has an instance that somebody keeps.
+func TestLongLockIsTold(t *testing.T) {
+	r, c := newTestReconciler(t, 0)
+	var log bytes.Buffer
+	r.cfg.Log = slog.New(slog.NewTextHandler(&log, nil))
+	i := mustOpen(t, served(t, r, true), openExisting)
+	for _, told := range []int{0, 1, 1} {
+		r.pass(t.Context())
+		if got := strings.Count(log.String(), "locked for long"); got != told {
+			t.Errorf("told %d times, want %d: %s", got, told, &log)
+		}
+		c.now = c.now.Add(lockedLong)
+	}
+	if want := fmt.Sprintf("pids=[%d]", os.Getpid()); !strings.Contains(log.String(), want) {
+		t.Errorf("want %s: %s", want, &log)
+	}
+	i.Close()
+	if r.pass(t.Context()); !gone(t, r) {
+		t.Error("the instance is still there, although nobody has it locked")
 	}
 }

@@ -270,6 +270,25 @@ func open(ctx context.Context, d dir, mode openMode, wait time.Duration) (*Insta
 	}
 }
 
+// lockHolders returns the processes that locked the file, as far as the kernel says
+// (proc_locks(5)): one that has got its lock from another is listed as that other one.
+func lockHolders(path string) []string {
+	var st unix.Stat_t
+	text, err := os.ReadFile("/proc/locks")
+	if err != nil || unix.Stat(path, &st) != nil {
+		return nil
+	}
+	file := fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+	var pids []string
+	for line := range strings.Lines(string(text)) {
+		// "3: FLOCK  ADVISORY  WRITE 4711 00:1a:42 0 EOF"; who waits has "->" before FLOCK.
+		if f := strings.Fields(line); len(f) > 5 && f[1] == "FLOCK" && f[5] == file {
+			pids = append(pids, f[4])
+		}
+	}
+	return pids
+}
+
 // acquire locks f, or closes it and returns an error.
 func acquire(ctx context.Context, f *os.File, mode openMode, wait time.Duration) error {
 	err := flock(f, unix.LOCK_EX|unix.LOCK_NB)
