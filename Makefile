@@ -9,6 +9,7 @@
 #   SOAK_TIME how long the random soak of `make soak` goes on (default: 30m)
 #   FUZZTIME  how long each fuzz target runs      (default: 30s)
 #   JOBS      packages of end-to-end tests at a time  (default: 3)
+#   SHARDS    processes that share a package's tests, without RUN  (default: 2)
 #   ARGS      further arguments of demo and bench (default: none)
 
 # Go and the tool cache need it; a service or a bare container may not have it.
@@ -28,6 +29,7 @@ UNITDIR  ?= $(PREFIX)/lib/systemd/system
 RUN      ?= .
 FUZZTIME ?= 30s
 JOBS     ?= 3
+SHARDS   ?= 2
 
 LDFLAGS := -s -w -X main.version=$(VERSION)
 # The version is told by git describe above; asking git again fails in a
@@ -118,6 +120,7 @@ test-unit: need-root tools build ## the tests beside the code, with the race det
 ANY_DAEMON = ^(TestImages|TestPowerCut|TestSweepsUnderLoad|TestBlobsOutliveTheirImage|TestWatermarks|TestImageFilesystem|TestCompleteImage.*|TestUserNamespaceMapped|TestDownload.*|TestScrub.*|TestSignature.*|TestIntegrityOfTheKernel|TestOldKernel|TestMapped.*|TestHelperKilledAtEveryStepMapped)$$
 
 .PHONY: test-e2e
+test-e2e: export NYDUS_TEST_SHARDS = $(SHARDS)
 test-e2e: need-root tools build ## conventions, end to end and kill points, with both nydusd (root)
 	cd test && $(GO) vet ./... && $(GO) test -p $(JOBS) -count=1 -timeout 60m -run '$(RUN)' ./...
 	@echo "== with the oldest supported nydusd"

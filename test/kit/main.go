@@ -2,6 +2,7 @@ package kit
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -29,7 +30,21 @@ const (
 //
 // It runs the tests as Enter does and fails them when something is left behind
 // after the last one. It does not return.
+//
+// With ShardsVar set, it does so by several processes.
 func Main(m *testing.M) {
+	flag.Parse()
+	if n, err := shards(); err != nil || n > 1 && os.Getenv(stageVar) == "" {
+		code := 1
+		if err == nil {
+			code, err = runShards(n)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "kit:", err)
+			code = 1
+		}
+		os.Exit(code)
+	}
 	Enter(func() int {
 		before, err := capture()
 		if err != nil {
