@@ -115,7 +115,7 @@ test-unit: need-root tools build ## the tests beside the code, with the race det
 
 # Whose subject is the kernel, the snapshotter or containerd, and not what nydusd does: the
 # second daemon would tell nothing new.
-ANY_DAEMON = ^(TestImages|TestPowerCut|TestSweepsUnderLoad|TestBlobsOutliveTheirImage|TestWatermarks|TestImageFilesystem|TestCompleteImage.*|TestUserNamespaceMapped|TestDownload.*|TestScrub.*|TestSignature.*|TestIntegrityOfTheKernel|TestOldKernel|TestMapped.*|TestHelperKilledAtEveryStepMapped)$$
+ANY_DAEMON = ^(TestImages|TestPowerCut|TestSweepsUnderLoad|TestBlobsOutliveTheirImage|TestImageFilesystem|TestCompleteImage.*|TestUserNamespaceMapped|TestDownload.*|TestScrub.*|TestSignature.*|TestIntegrityOfTheKernel|TestOldKernel|TestMapped.*|TestHelperKilledAtEveryStepMapped)$$
 
 .PHONY: test-e2e
 test-e2e: need-root tools build ## conventions, end to end and kill points, with both nydusd (root)
