@@ -117,7 +117,7 @@ test-unit: need-root tools build ## the tests beside the code, with the race det
 
 # Whose subject is the kernel, the snapshotter or containerd, and not what nydusd does: the
 # second daemon would tell nothing new.
-ANY_DAEMON = ^(TestImages|TestPowerCut|TestSweepsUnderLoad|TestBlobsOutliveTheirImage|TestWatermarks|TestImageFilesystem|TestCompleteImage.*|TestUserNamespaceMapped|TestDownload.*|TestScrub.*|TestSignature.*|TestIntegrityOfTheKernel|TestOldKernel|TestMapped.*|TestHelperKilledAtEveryStepMapped)$$
+ANY_DAEMON = ^(TestImages|TestPowerCut|TestSweepsUnderLoad|TestBlobsOutliveTheirImage|TestImageFilesystem|TestCompleteImage.*|TestUserNamespaceMapped|TestDownload.*|TestScrub.*|TestSignature.*|TestIntegrityOfTheKernel|TestOldKernel|TestMapped.*|TestHelperKilledAtEveryStepMapped)$$
 
 .PHONY: test-e2e
 test-e2e: export NYDUS_TEST_SHARDS = $(SHARDS)

@@ -314,13 +314,15 @@ func newHeavy(t *testing.T, r *kit.Registry, images, size int) (stock []*ware) {
 }
 
 // TestWatermarks fills a small filesystem: the least recently used go first, and never what
-// is read.
+// is read. Six images fit below the high watermark and nine do not, whether they share the
+// layer that all have (2 MiB) or a nydusd older than 2.3 keeps one for each in its private
+// directory.
 func TestWatermarks(t *testing.T) {
-	const images, size, disk = 9, 6 << 20, 64 << 20
+	const images, size, disk = 9, 12 << 20, 136 << 20
 	r := kit.NewRegistry(t, kit.RegistryOptions{})
 	stock := newHeavy(t, r, images, size)
 	n := helper24.node(t, kit.NodeConfig{Hook: true, Config: map[string]any{
-		"cache.grace": "0s", "cache.sweep_interval": "1s", "cache.high_watermark": "75%", "cache.low_watermark": "50%",
+		"cache.grace": "0s", "cache.sweep_interval": "1s", "cache.high_watermark": "75%", "cache.low_watermark": "60%",
 	}})
 	if err := n.StopSnapshotter(); err != nil {
 		t.Fatal(err)

@@ -278,7 +278,7 @@ func TestPowerCut(t *testing.T) {
 			d := newDevice(t, 96<<20)
 			p.fill(d)
 			image := filepath.Join(t.TempDir(), "image")
-			damaged, lost := 0, 0
+			damaged, chunks, lost := 0, 0, 0
 			for n := range cuts(t) {
 				at := 1 + p.random.IntN(d.length())
 				gone := d.cut(p.random, at, image)
@@ -286,11 +286,12 @@ func TestPowerCut(t *testing.T) {
 				if t.Failed() {
 					t.Fatalf("cut %d, after %d of %d writes and flushes, %d blocks lost", n, at, d.length(), gone)
 				}
-				if lost += gone; found > 0 {
+				lost, chunks = lost+gone, chunks+found
+				if found > 0 {
 					damaged++
 				}
 			}
-			t.Logf("%d writes and flushes, %d cuts, %d blocks lost; %d cuts left chunks that are not there", d.length(), cuts(t), lost, damaged)
+			t.Logf("%d writes and flushes, %d cuts, %d blocks lost; %d cuts left %d chunks in all that are not there", d.length(), cuts(t), lost, damaged, chunks)
 			if damaged == 0 {
 				t.Error("no cut has left anything wrong: nothing was tested")
 			}
