@@ -72,7 +72,7 @@ func TestFetchUsage(t *testing.T) {
 		app := newApp()
 		app.Writer, app.ErrWriter = &bytes.Buffer{}, &bytes.Buffer{}
 		err := app.Run(append([]string{"nydus-snapshotter", "image", "fetch"}, c.args...))
-		if err == nil || !strings.Contains(err.Error(), c.want) && os.Geteuid() == 0 {
+		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%q: %v, want %q", c.args, err, c.want)
 		}
 	}

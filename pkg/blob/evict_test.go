@@ -93,3 +93,68 @@ func TestRoom(t *testing.T) {
 		t.Error("a root that is not there has room")
 	}
 }
+
+func TestWatermarks(t *testing.T) {
+	b := newBed(t)
+	dir := b.dir("one")
+	// The oldest is read by an instance, the next two are just being fetched.
+	for n, days := range []int{9, 8, 3, 5, 4, 1} {
+		b.blob(dir, idOf(n), 9, days)
+	}
+	b.image("one", bootstrap(idOf(0), idOf(1), idOf(2), idOf(3), idOf(4), idOf(5)))
+	b.instance("one", bootstrap(idOf(0)))
+	b.must(os.Chtimes(filepath.Join(dir, idOf(1)+".blob.data"), b.now, b.now))
+	all := b.sweep(b.options()).Usage
+	each := all / 6
+
+	o := b.options()
+	o.High, o.Low = Mark{Bytes: all}, Mark{Bytes: each}
+	if r := b.sweep(o); len(r.Evicted) != 0 {
+		t.Errorf("at the mark: %+v", r)
+	}
+	o.High, o.Low = Mark{Bytes: all - 1}, Mark{Bytes: 4*each + 1}
+	r := b.sweep(o)
+	if len(r.Evicted) != 2 || r.Evicted[0].ID != idOf(3) || r.Evicted[1].ID != idOf(4) || r.Short != 0 || r.Freed != 2*each {
+		t.Errorf("above: %+v", r)
+	}
+	o.High, o.Low = Mark{Bytes: 1}, Mark{}
+	if r = b.sweep(o); len(r.Evicted) != 2 || r.Short != 2*each-1 {
+		t.Errorf("as much as possible: %+v", r)
+	}
+	if b.has(dir, idOf(0)) != "dmc" || b.has(dir, idOf(1)) != "dmc" {
+		t.Error("what is read or fetched was evicted")
+	}
+}
+
+func TestWatermarkOfDisk(t *testing.T) {
+	b := newBed(t)
+	dir := b.dir("one")
+	b.blob(dir, idOf(1), 9, 1)
+	b.image("one", bootstrap(idOf(1)))
+	o := b.options()
+	if o.High = (Mark{Part: 1}); len(b.sweep(o).Evicted) != 0 {
+		t.Error("the disk is not full")
+	}
+	if o.High = (Mark{Part: 1e-9}); len(b.sweep(o).Evicted) != 1 || b.has(dir, idOf(1)) != "" {
+		t.Error("the disk is fuller than this")
+	}
+}
+
+// TestEvictionKnowsReaders: no time of the file tells that an instance read it.
+func TestEvictionKnowsReaders(t *testing.T) {
+	b := newBed(t)
+	dir := b.dir("one")
+	b.blob(dir, idOf(1), 9, 5)
+	b.blob(dir, idOf(2), 9, 3)
+	b.image("one", bootstrap(idOf(1), idOf(2)))
+	key := b.instance("one", bootstrap(idOf(1)))
+	o := b.options()
+	c := New(o)
+	r, err := c.Sweep(t.Context(), false)
+	b.must(err)
+	b.must(os.RemoveAll(filepath.Join(b.run, "i", key)))
+	c.o.High = Mark{Bytes: r.Usage - 1}
+	if r, err = c.Sweep(t.Context(), false); err != nil || len(r.Evicted) != 1 || r.Evicted[0].ID != idOf(2) {
+		t.Errorf("%+v, %v", r, err)
+	}
+}

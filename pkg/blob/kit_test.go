@@ -6,11 +6,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 )
@@ -153,4 +155,24 @@ func (b *bed) sweep(o Options) Report {
 	r, err := New(o).Sweep(context.Background(), false)
 	b.must(err)
 	return r
+}
+
+// prove writes a proof that names blobs, as its times are now.
+func (b *bed) prove(dir string, n int, ids ...string) string {
+	b.t.Helper()
+	digest := "sha256:" + idOf(n)
+	r := proof.New(digest, nil)
+	for _, id := range ids {
+		r.Blobs = append(r.Blobs, proof.Blob{ID: id})
+	}
+	text, err := json.Marshal(r)
+	b.must(err)
+	path := proof.Path(dir, digest)
+	b.write(path, text)
+	return path
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return !errors.Is(err, fs.ErrNotExist)
 }

@@ -3,23 +3,17 @@ package blob
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
-	"io"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 
-	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
@@ -71,24 +65,32 @@ func (b *bed) scrub(how Scrubbing) *scrubbing {
 	return s
 }
 
-// until waits until what is written down is so. No event tells.
-func (s *scrubbing) until(what string, ok func(ScrubState) bool) ScrubState {
+// await waits for what no event tells.
+func (s *scrubbing) await(what string, ok func() bool) {
 	s.t.Helper()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	over := time.After(time.Minute)
-	for {
-		state, err := ReadScrubState(s.root)
-		s.must(err)
-		if ok(state) {
-			return state
-		}
+	for !ok() {
 		select {
 		case <-tick.C:
 		case <-over:
-			s.t.Fatalf("%s: not within a minute; state %+v, log:\n%s", what, state, s.log)
+			state, err := ReadScrubState(s.root)
+			s.t.Fatalf("%s: not within a minute; state %+v (%v), log:\n%s", what, state, err, s.log)
 		}
 	}
+}
+
+// until waits until what is written down is so.
+func (s *scrubbing) until(what string, ok func(ScrubState) bool) (state ScrubState) {
+	s.t.Helper()
+	s.await(what, func() bool {
+		var err error
+		state, err = ReadScrubState(s.root)
+		s.must(err)
+		return ok(state)
+	})
+	return state
 }
 
 func passed(s ScrubState) bool { return s.Last != nil && s.Pass == nil }
@@ -100,26 +102,6 @@ func (b *bed) pass() (ScrubState, string) {
 	state := s.until("a pass", passed)
 	s.stop()
 	return state, s.log.String()
-}
-
-// prove writes a proof that names blobs, as its times are now.
-func (b *bed) prove(dir string, n int, ids ...string) string {
-	b.t.Helper()
-	digest := "sha256:" + idOf(n)
-	r := proof.New(digest, nil)
-	for _, id := range ids {
-		r.Blobs = append(r.Blobs, proof.Blob{ID: id})
-	}
-	text, err := json.Marshal(r)
-	b.must(err)
-	path := proof.Path(dir, digest)
-	b.write(path, text)
-	return path
-}
-
-func exists(path string) bool {
-	_, err := os.Lstat(path)
-	return !errors.Is(err, fs.ErrNotExist)
 }
 
 func TestScrubFindsNothing(t *testing.T) {
@@ -323,9 +305,23 @@ func TestScrubKeepsNobodyWaiting(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error)
 	go func() { ended <- c.Scrub(ctx, how) }()
-	(&scrubbing{bed: b, log: &logged{}}).until("it has begun", func(s ScrubState) bool { return s.Pass != nil })
-	if _, err := c.Sweep(t.Context(), false); err != nil {
-		t.Error(err)
+	// It wants more than there is as soon as it reads, and does not get it within hours.
+	(&scrubbing{bed: b, log: &logged{}}).await("it reads", func() bool { return how.Rate.TokensAt(time.Now()) < 0 })
+	swept := make(chan error, 1)
+	go func() {
+		_, err := c.Sweep(t.Context(), false)
+		swept <- err
+	}()
+	select {
+	case err := <-swept:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(time.Minute):
+		t.Error("the sweep waits for the scrub")
+	}
+	if how.Rate.TokensAt(time.Now()) >= 0 {
+		t.Error("the scrub read all meanwhile: this test tests nothing")
 	}
 	cancel()
 	if err := <-ended; !errors.Is(err, context.Canceled) {
@@ -379,166 +375,13 @@ func TestScrubStateBroken(t *testing.T) {
 		b.write(filepath.Join(b.root, scrubTemporary+"1"), nil)
 		s := b.scrub(quick())
 		// The broken one is no state to wait for.
-		for over := time.Now().Add(time.Minute); ; {
-			if state, err := ReadScrubState(b.root); err == nil && passed(state) {
-				break
-			} else if time.Now().After(over) {
-				t.Fatal(err)
-			}
-			b.must(wait(t.Context(), 5*time.Millisecond))
-		}
+		s.await("a pass", func() bool {
+			state, err := ReadScrubState(b.root)
+			return err == nil && passed(state)
+		})
 		s.stop()
 		if !strings.Contains(s.log.String(), "begins anew") || exists(filepath.Join(b.root, scrubTemporary+"1")) {
 			t.Errorf("%q: %s", text, s.log)
 		}
 	}
-}
-
-// A daemon that just writes a chunk is no damage.
-func TestVerifyLooksTwice(t *testing.T) {
-	b := newBed(t)
-	dir := b.dir("one")
-	boot, tables := b.fetched(dir, "v6-zstd-4k")
-	b.image("one", boot)
-	c := b.cache()
-	st, err := c.look(t.Context())
-	b.must(err)
-	blob := st.dirs[0].blobs[0]
-	for _, heals := range []bool{true, false} {
-		v := &verifying{state: st, found: map[place]*verdict{}, settle: time.Millisecond, open: func(b *cached) (reader, error) {
-			f, err := openData(b)
-			return &torn{reader: f, heals: heals, left: 3}, err
-		}}
-		b.must(v.blob(t.Context(), blob, &tables[0], rafs.V6))
-		if o := v.verdict(blob); (o.Bad == 0) != heals || o.Checked != tables[0].Len() {
-			t.Errorf("heals %v: %+v", heals, o.Verdict)
-		}
-	}
-}
-
-// torn is wrong a few times.
-type torn struct {
-	reader
-	heals bool
-	left  int
-}
-
-func (r *torn) ReadAt(p []byte, off int64) (int, error) {
-	n, err := r.reader.ReadAt(p, off)
-	if r.left > 0 || !r.heals {
-		r.left--
-		p[0] ^= 1
-	}
-	return n, err
-}
-
-// coldFile makes a file whose pages are in memory, or not.
-func coldFile(t *testing.T, b *bed, size int, resident bool) (*cached, []byte) {
-	t.Helper()
-	dir := b.dir("one")
-	data := make([]byte, size)
-	for i := range data {
-		data[i] = byte(i * 7)
-	}
-	path := filepath.Join(dir, proof.DataName(idOf(1)))
-	b.write(path, data)
-	f, err := os.Open(path)
-	b.must(err)
-	defer f.Close()
-	b.must(f.Sync())
-	if !resident {
-		b.must(unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
-	}
-	return &cached{dir: &directory{path: dir, cache: dir}, id: idOf(1)}, data
-}
-
-// inMemory is how many pages of a blob's data are in the page cache.
-func inMemory(t *testing.T, c *cached) uint64 {
-	t.Helper()
-	f, err := openData(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	var st unix.Cachestat_t
-	if err := unix.Cachestat(uint(f.Fd()), &unix.CachestatRange{}, &st, 0); err != nil {
-		t.Fatal(err)
-	}
-	return st.Cache
-}
-
-// Whatever it reads, the page cache is as before.
-func TestColdReads(t *testing.T) {
-	for _, direct := range []bool{true, false} {
-		for _, resident := range []bool{true, false} {
-			kept := false
-			// Others may empty the page cache meanwhile, but not each time.
-			for range 10 {
-				if before, after := coldRead(t, direct, resident); before == after {
-					kept = true
-					break
-				}
-			}
-			if !kept {
-				t.Errorf("direct %v, in memory before %v: it is never as before", direct, resident)
-			}
-		}
-	}
-}
-
-// coldRead reads parts of a file, and tells how many of its pages were in memory before and
-// after that.
-func coldRead(t *testing.T, direct, resident bool) (before, after uint64) {
-	t.Helper()
-	const size = 3<<20 + 5000
-	b := newBed(t)
-	c, data := coldFile(t, b, size, resident)
-	before = inMemory(t, c)
-	buffer, err := newColdBuffer()
-	b.must(err)
-	r, err := openCold(c, buffer)
-	b.must(err)
-	cold := r.(*coldReader)
-	if !cold.direct {
-		t.Fatalf("%s: the tests' directory cannot be read directly", b.root)
-	}
-	if !direct {
-		cold.direct = false
-		b.must(errors.Join(cold.setDirect(false), cold.beginBuffered()))
-	}
-	for _, at := range [][2]int{{0, 1}, {0, 4096}, {4096, 100}, {100, 4096}, {4096, 1 << 20}, {8192, 2<<20 + 1}, {size - 1, 1}, {size - 5000, 5000}, {0, size}} {
-		p := make([]byte, at[1])
-		if n, err := r.ReadAt(p, int64(at[0])); n != len(p) || err != nil || !bytes.Equal(p, data[at[0]:at[0]+at[1]]) {
-			t.Errorf("direct %v: %d bytes at %d: %d, %v", direct, at[1], at[0], n, err)
-		}
-	}
-	for _, off := range []int64{size - 1, size, size + 5000} {
-		if n, err := r.ReadAt(make([]byte, 4096), off); !errors.Is(err, io.EOF) || int64(n) != max(size-off, 0) {
-			t.Errorf("direct %v: past the end at %d: %d, %v", direct, off, n, err)
-		}
-	}
-	if cold.direct != direct {
-		t.Errorf("it is read directly: %v, want %v", cold.direct, direct)
-	}
-	after = inMemory(t, c)
-	b.must(errors.Join(r.Close(), unix.Munmap(buffer)))
-	return before, after
-}
-
-func TestBeIdle(t *testing.T) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and never free: the thread ends
-		if err := beIdle(); err != nil {
-			t.Error(err)
-		}
-		const ioprioGet = unix.SYS_IOPRIO_GET
-		got, _, errno := unix.Syscall(ioprioGet, ioprioWhoProcess, uintptr(unix.Gettid()), 0)
-		nice, err := unix.Getpriority(unix.PRIO_PROCESS, unix.Gettid())
-		if errno != 0 || got != ioprioIdle || err != nil || 20-nice != niceLeast {
-			t.Errorf("ioprio %d (%v), nice %d (%v)", got, errno, 20-nice, err)
-		}
-	}()
-	<-done
 }

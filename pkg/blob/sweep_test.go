@@ -1,14 +1,11 @@
 package blob
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -16,7 +13,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 )
@@ -423,71 +419,6 @@ func TestSweepPrivate(t *testing.T) {
 	}
 }
 
-func TestWatermarks(t *testing.T) {
-	b := newBed(t)
-	dir := b.dir("one")
-	// The oldest is read by an instance, the next two are just being fetched.
-	for n, days := range []int{9, 8, 3, 5, 4, 1} {
-		b.blob(dir, idOf(n), 9, days)
-	}
-	b.image("one", bootstrap(idOf(0), idOf(1), idOf(2), idOf(3), idOf(4), idOf(5)))
-	b.instance("one", bootstrap(idOf(0)))
-	b.must(os.Chtimes(filepath.Join(dir, idOf(1)+".blob.data"), b.now, b.now))
-	all := b.sweep(b.options()).Usage
-	each := all / 6
-
-	o := b.options()
-	o.High, o.Low = Mark{Bytes: all}, Mark{Bytes: each}
-	if r := b.sweep(o); len(r.Evicted) != 0 {
-		t.Errorf("at the mark: %+v", r)
-	}
-	o.High, o.Low = Mark{Bytes: all - 1}, Mark{Bytes: 4*each + 1}
-	r := b.sweep(o)
-	if len(r.Evicted) != 2 || r.Evicted[0].ID != idOf(3) || r.Evicted[1].ID != idOf(4) || r.Short != 0 || r.Freed != 2*each {
-		t.Errorf("above: %+v", r)
-	}
-	o.High, o.Low = Mark{Bytes: 1}, Mark{}
-	if r = b.sweep(o); len(r.Evicted) != 2 || r.Short != 2*each-1 {
-		t.Errorf("as much as possible: %+v", r)
-	}
-	if b.has(dir, idOf(0)) != "dmc" || b.has(dir, idOf(1)) != "dmc" {
-		t.Error("what is read or fetched was evicted")
-	}
-}
-
-func TestWatermarkOfDisk(t *testing.T) {
-	b := newBed(t)
-	dir := b.dir("one")
-	b.blob(dir, idOf(1), 9, 1)
-	b.image("one", bootstrap(idOf(1)))
-	o := b.options()
-	if o.High = (Mark{Part: 1}); len(b.sweep(o).Evicted) != 0 {
-		t.Error("the disk is not full")
-	}
-	if o.High = (Mark{Part: 1e-9}); len(b.sweep(o).Evicted) != 1 || b.has(dir, idOf(1)) != "" {
-		t.Error("the disk is fuller than this")
-	}
-}
-
-// TestEvictionKnowsReaders: no time of the file tells that an instance read it.
-func TestEvictionKnowsReaders(t *testing.T) {
-	b := newBed(t)
-	dir := b.dir("one")
-	b.blob(dir, idOf(1), 9, 5)
-	b.blob(dir, idOf(2), 9, 3)
-	b.image("one", bootstrap(idOf(1), idOf(2)))
-	key := b.instance("one", bootstrap(idOf(1)))
-	o := b.options()
-	c := New(o)
-	r, err := c.Sweep(t.Context(), false)
-	b.must(err)
-	b.must(os.RemoveAll(filepath.Join(b.run, "i", key)))
-	c.o.High = Mark{Bytes: r.Usage - 1}
-	if r, err = c.Sweep(t.Context(), false); err != nil || len(r.Evicted) != 1 || r.Evicted[0].ID != idOf(2) {
-		t.Errorf("%+v, %v", r, err)
-	}
-}
-
 func TestList(t *testing.T) {
 	b := newBed(t)
 	dir := b.dir("one")
@@ -546,215 +477,5 @@ func TestRun(t *testing.T) {
 	cancel()
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Error(err)
-	}
-}
-
-// BenchmarkSweep marks and sweeps 1,000 images with 10 blobs each, of which a tenth is
-// not needed. All that is allocated bounds what is held.
-func BenchmarkSweep(b *testing.B) {
-	const images, each = 1000, 10
-	bed := newBed(b)
-	fill := func(n int) {
-		dir := bed.dir(fmt.Sprint("repository", n/10))
-		ids := make([]string, each)
-		for i := range ids {
-			ids[i] = idOf(n*each + i)
-			bed.blob(dir, ids[i], 9, 1)
-		}
-		if n%10 != 0 {
-			bed.image(fmt.Sprint("repository", n/10), bootstrap(ids...))
-		}
-	}
-	for n := range images {
-		fill(n)
-	}
-	var removed int
-	var peak uint64
-	var mark, cpu time.Duration
-	for b.Loop() {
-		b.StopTimer()
-		for n := 0; n < images; n += 10 {
-			fill(n)
-		}
-		unix.Sync() // or the sweep's sync would wait for what was just made
-		runtime.GC()
-		var before, after runtime.MemStats
-		runtime.ReadMemStats(&before)
-		o := bed.options()
-		begun := time.Now()
-		if _, err := New(o).Sweep(b.Context(), true); err != nil {
-			b.Fatal(err)
-		}
-		mark += time.Since(begun)
-		runtime.ReadMemStats(&before)
-		spent := spentCPU(b)
-		b.StartTimer()
-		r, err := New(o).Sweep(b.Context(), false)
-		b.StopTimer()
-		cpu += spentCPU(b) - spent
-		runtime.ReadMemStats(&after)
-		peak = max(peak, after.TotalAlloc-before.TotalAlloc)
-		if err != nil || r.Blobs != images*each {
-			b.Fatal(r.Blobs, err)
-		}
-		removed = len(r.Removed)
-		b.StartTimer()
-	}
-	if removed != images*each/10 {
-		b.Fatal(removed)
-	}
-	b.ReportMetric(float64(mark.Milliseconds())/float64(b.N), "ms-without-removing")
-	b.ReportMetric(float64(cpu.Milliseconds())/float64(b.N), "cpu-ms")
-	b.ReportMetric(float64(peak)/(1<<20), "MiB-allocated")
-}
-
-// spentCPU is what the process has used so far.
-func spentCPU(b *testing.B) time.Duration {
-	b.Helper()
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
-
-// A proof that names a blob goes before the blob does; others, and half-written ones, are
-// neither removed nor unknown.
-func TestProofsGoWithTheirBlobs(t *testing.T) {
-	b := newBed(t)
-	dir := b.dir("a")
-	kept, gone := idOf(1), idOf(2)
-	b.image("a", bootstrap(kept))
-	b.blob(dir, kept, chunks, 1)
-	b.blob(dir, gone, chunks, 1)
-	record := func(n int, blobs ...string) string {
-		digest := "sha256:" + idOf(n)
-		r := proof.New(digest, nil)
-		for _, id := range blobs {
-			r.Blobs = append(r.Blobs, proof.Blob{ID: id})
-		}
-		text, err := json.Marshal(r)
-		b.must(err)
-		path := proof.Path(dir, digest)
-		b.write(path, text)
-		return path
-	}
-	stays, goes := record(11, kept), record(12, kept, gone)
-	b.write(filepath.Join(dir, proof.Temporary+"1"), nil)
-	// Killed before its first file is gone, it has left no proof of a blob that is not there.
-	o := b.options()
-	o.step = func(what, _ string) error {
-		if what == "cut" || what == "remove" {
-			return errors.New("killed")
-		}
-		return nil
-	}
-	if _, err := New(o).Sweep(t.Context(), false); err == nil {
-		t.Error("the sweep was not stopped")
-	}
-	if _, err := os.Lstat(goes); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("the proof is still there when its blob begins to go: %v", err)
-	}
-	r := b.sweep(b.options())
-	if len(r.Unknown) > 0 || len(r.Removed) != 1 || r.Removed[0].ID != gone {
-		t.Errorf("%+v", r)
-	}
-	if _, err := os.Lstat(stays); err != nil {
-		t.Errorf("the proof of what is still there: %v", err)
-	}
-}
-
-// A proof goes with its image, also when all its blobs stay.
-func TestProofsGoWithTheirImages(t *testing.T) {
-	b := newBed(t)
-	dir, elsewhere := b.dir("a"), b.dir("b")
-	shared := idOf(1)
-	pulled := func(repository, digest string) string {
-		layer := b.image(repository, bootstrap(shared))
-		b.write(filepath.Join(layer, "layer.json"), fmt.Appendf(nil, `{"version":1,"kind":"bootstrap","image":%q,"digest":%q,"path":"image/image.boot"}`, repository, digest))
-		return layer
-	}
-	digest := func(n int) string { return "sha256:" + idOf(n) }
-	proved := func(dir string, n int) string {
-		text, err := json.Marshal(proof.New(digest(n), []proof.Blob{{ID: shared}}))
-		b.must(err)
-		path := proof.Path(dir, digest(n))
-		b.write(path, text)
-		return path
-	}
-	there := func(path string) bool {
-		_, err := os.Lstat(path)
-		return err == nil
-	}
-	pulled("a", digest(11))
-	pulled("b", digest(12))
-	b.blob(dir, shared, chunks, 1)
-	b.blob(elsewhere, shared, chunks, 1)
-	key := b.instance("a", bootstrap(shared))
-	record := filepath.Join(b.run, "i", key, "record.json")
-	text, err := os.ReadFile(record)
-	b.must(err)
-	b.write(record, bytes.Replace(text, []byte(`"bootstrap_digest":""`), []byte(`"bootstrap_digest":"`+digest(13)+`"`), 1))
-	stays := []string{proved(dir, 11), proved(elsewhere, 12), proved(dir, 13)}
-	goes := []string{proved(dir, 12), proved(elsewhere, 11), proved(elsewhere, 14)}
-
-	now := b.now
-	b.now = time.Now()
-	if r := b.sweep(b.options()); r.Orphans > 0 || r.Next.IsZero() {
-		t.Errorf("young ones: %+v", r)
-	}
-	b.now = now
-	o := b.options()
-	if r, err := New(o).Sweep(t.Context(), true); err != nil || r.Orphans != len(goes) || !there(goes[0]) {
-		t.Errorf("dry: %+v, %v", r, err)
-	}
-	if r := b.sweep(o); r.Orphans != len(goes) || len(r.Removed) > 0 || len(r.Unknown) > 0 {
-		t.Errorf("%+v", r)
-	}
-	for _, path := range stays {
-		if !there(path) {
-			t.Errorf("%s is gone", path)
-		}
-	}
-	for _, path := range goes {
-		if there(path) {
-			t.Errorf("%s is still there", path)
-		}
-	}
-	if b.has(dir, shared) != "dmc" || b.has(elsewhere, shared) != "dmc" {
-		t.Error("a blob is gone")
-	}
-
-	// While it is not known what images there are none goes.
-	layer := pulled("a", "")
-	proved(dir, 12)
-	if r := b.sweep(o); r.Orphans > 0 || !there(goes[0]) {
-		t.Errorf("with an image of an unknown digest: %+v", r)
-	}
-	b.must(os.RemoveAll(layer))
-	if r := b.sweep(o); r.Orphans != 1 {
-		t.Errorf("without it: %+v", r)
-	}
-}
-
-// However many blobs go, the proofs are looked through once: mounts wait for the lock
-// meanwhile.
-func TestProofsAreReadOnce(t *testing.T) {
-	b := newBed(t)
-	dir := b.dir("a")
-	b.image("a", bootstrap(idOf(100)))
-	for n := range batch {
-		b.blob(dir, idOf(n), chunks, 1)
-	}
-	b.write(proof.Path(dir, "sha256:"+idOf(200)), []byte("{}"))
-	o, times := b.options(), 0
-	o.step = func(what, _ string) error {
-		if what == "disprove" {
-			times++
-		}
-		return nil
-	}
-	if r := b.sweep(o); len(r.Removed) != batch || times != 1 {
-		t.Errorf("%d blobs are removed, the proofs looked through %d times", len(r.Removed), times)
 	}
 }

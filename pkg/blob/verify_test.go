@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
@@ -239,4 +240,42 @@ func TestVerifyUnchecked(t *testing.T) {
 	if list := b.verify(); len(list) != 1 || list[0].Unchecked != 2 || list[0].Checked != 0 || list[0].Problem != "" {
 		t.Errorf("v5: %+v", list)
 	}
+}
+
+// A daemon that just writes a chunk is no damage.
+func TestVerifyLooksTwice(t *testing.T) {
+	b := newBed(t)
+	dir := b.dir("one")
+	boot, tables := b.fetched(dir, "v6-zstd-4k")
+	b.image("one", boot)
+	c := b.cache()
+	st, err := c.look(t.Context())
+	b.must(err)
+	blob := st.dirs[0].blobs[0]
+	for _, heals := range []bool{true, false} {
+		v := &verifying{state: st, found: map[place]*verdict{}, settle: time.Millisecond, open: func(b *cached) (reader, error) {
+			f, err := openData(b)
+			return &torn{reader: f, heals: heals, left: 3}, err
+		}}
+		b.must(v.blob(t.Context(), blob, &tables[0], rafs.V6))
+		if o := v.verdict(blob); (o.Bad == 0) != heals || o.Checked != tables[0].Len() {
+			t.Errorf("heals %v: %+v", heals, o.Verdict)
+		}
+	}
+}
+
+// torn is wrong a few times.
+type torn struct {
+	reader
+	heals bool
+	left  int
+}
+
+func (r *torn) ReadAt(p []byte, off int64) (int, error) {
+	n, err := r.reader.ReadAt(p, off)
+	if r.left > 0 || !r.heals {
+		r.left--
+		p[0] ^= 1
+	}
+	return n, err
 }

@@ -1,7 +1,9 @@
 package instance
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -124,4 +126,28 @@ func TestVerdict(t *testing.T) {
 	other := s
 	other.Root = "/var/lib/two"
 	must(t, condemned(other))
+}
+
+// A verdict in which there is no sense is none, and one that cannot be had is an error.
+func TestVerdictBroken(t *testing.T) {
+	s := Spec{RunDir: t.TempDir(), Root: "/var/lib/one"}
+	for _, text := range []string{"", "\n", "word", s.Root, s.Root + " \nreason"} {
+		must(t, os.WriteFile(verdictPath(s.RunDir), []byte(text), 0o600))
+		if err := condemned(s); err != nil {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+	must(t, os.Remove(verdictPath(s.RunDir)))
+	must(t, os.Mkdir(verdictPath(s.RunDir), 0o700))
+	if err := condemned(s); !errors.Is(err, unix.EISDIR) {
+		t.Errorf("a directory in its place: %v", err)
+	}
+	if err := condemn(s, unix.ENOTBLK); err == nil || !strings.Contains(err.Error(), verdictPath(s.RunDir)) {
+		t.Errorf("written in place of a directory: %v", err)
+	}
+	s.RunDir = filepath.Join(s.RunDir, "gone")
+	must(t, condemned(s))
+	if err := condemn(s, unix.ENOTBLK); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), s.RunDir) {
+		t.Errorf("no run directory: %v", err)
+	}
 }

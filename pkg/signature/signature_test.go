@@ -117,7 +117,7 @@ func TestOpenSSL(t *testing.T) {
 	script := `openssl genrsa -out key.pem 3072 2>/dev/null && openssl pkey -in key.pem -pubout -out keys.pem &&
 		openssl rsa -in key.pem -RSAPublicKey_out -out upstream.pem 2>/dev/null &&
 		printf bootstrap > image.boot && openssl dgst -sha256 -sign key.pem image.boot | base64 -w0`
-	cmd := exec.Command("sh", "-c", script)
+	cmd := exec.CommandContext(t.Context(), "sh", "-c", script)
 	cmd.Dir = dir
 	signature, err := cmd.Output()
 	must(t, err)

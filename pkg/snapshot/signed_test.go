@@ -1,8 +1,11 @@
 package snapshot
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -93,8 +96,23 @@ func TestUnsignedIsNotPulled(t *testing.T) {
 			if c.signature != "" {
 				l.labels[signature.Label] = c.signature
 			}
+			below := n.pull(n.data())
 			_, err := n.tryPull(n.ctx, n.data(), l)
 			wantAll(t, "pull", map[string]error{"commit": err}, c.want)
+			must(t, n.sn.Walk(n.ctx, func(_ context.Context, i snapshots.Info) error {
+				if i.Kind == snapshots.KindCommitted && !strings.HasSuffix(i.Name, "/"+below) {
+					t.Errorf("it is a layer, %s", i.Name)
+				}
+				return nil
+			}))
+			if list := n.records(kindBootstrap); len(list) > 0 {
+				t.Errorf("it is an image: %+v", list)
+			}
+			n.collect(0)
+			n.wantNoActive()
+			if left, err := os.ReadDir(filepath.Join(n.root, "snapshots")); err != nil || len(left) > 0 {
+				t.Errorf("what stays is %v (%v)", left, err)
+			}
 		})
 	}
 }

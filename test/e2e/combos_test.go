@@ -38,10 +38,7 @@ func TestEveryCombination(t *testing.T) {
 			kit.EqualTrees(t, name+", cold", want, kit.MustWalk(t, cold.Root()))
 			// Also what no file of the image shows.
 			if shared {
-				eventually(t, name+": the image is proven", func() bool {
-					list, failed := proofs(t, n, ref)
-					return !failed && len(list) == 1 && list[0].Proven
-				})
+				awaitComplete(t, n, ref)
 			}
 			remove(t, cold)
 			wantDaemons(t, n, 0, soon)

@@ -1,7 +1,6 @@
 package e2e_test
 
 import (
-	"net/http"
 	"testing"
 
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
@@ -21,13 +20,10 @@ func (f fetching) settled(r *kit.Registry, ref string, want kit.Tree) {
 	}
 	f.nothingLeft()
 	r.ResetRequests()
-	c := run(f.t, f.Node, pull(f.t, f.Node, ref), "warm", kit.RunOptions{})
-	daemonsNow(f.t, f.Node, 0)
-	kit.EqualTrees(f.t, "through EROFS", want, kit.MustWalk(f.t, c.Root()))
+	f.warm(pull(f.t, f.Node, ref), "warm", want)
 	if got := r.BlobTotal(); got > 0 {
 		f.t.Errorf("%d bytes were fetched of an image that is complete", got)
 	}
-	remove(f.t, c)
 	if err := f.WaitRunEntries(soon); err != nil {
 		f.t.Error(err)
 	}
@@ -76,29 +72,26 @@ func TestDownloadKilled(t *testing.T) {
 	r := kit.NewRegistry(t, kit.RegistryOptions{})
 	ref, _, want := oddNydus(t, r, "odd")
 	f := newFetching(t, helper24, map[string]any{"cache.download": "always"})
+	await, release := holding(t, r, 0)
+	pull(t, f.Node, ref)
+	last := 0
 	for _, stop := range []func() error{f.KillSnapshotter, f.StopSnapshotter} {
-		held, release := make(chan struct{}, 1), make(chan struct{})
-		r.SetHook(ranges(func(_ http.ResponseWriter, req *http.Request, _ http.Handler) {
-			select {
-			case held <- struct{}{}:
-			default:
+		eventually(t, "one nydusd fetches, which is not the killed snapshotter's", func() bool {
+			list := f.Daemons()
+			if len(list) != 1 || list[0].PID == last {
+				return false
 			}
-			select {
-			case <-release:
-			case <-req.Context().Done():
-			}
-		}))
-		pull(t, f.Node, ref)
-		<-held
-		daemonsNow(t, f.Node, 1)
+			last = list[0].PID
+			return true
+		})
+		await()
 		if err := stop(); err != nil {
 			t.Fatal(err)
 		}
-		r.SetHook(nil)
-		close(release)
 		if err := f.StartSnapshotter(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 	}
+	release()
 	f.settled(r, ref, want)
 }

@@ -5,15 +5,17 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	osexec "os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
+	containerd "github.com/containerd/containerd/v2/client"
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
@@ -28,9 +30,7 @@ type fetching struct {
 func newFetching(t *testing.T, s style, more map[string]any) fetching {
 	t.Helper()
 	cfg := map[string]any{"mount.driver": "auto", "daemon.nydusd_path": shares(t)}
-	for key, value := range more {
-		cfg[key] = value
-	}
+	maps.Copy(cfg, more)
 	return fetching{s.node(t, kit.NodeConfig{Hook: s.mount == "helper", Config: cfg}), t}
 }
 
@@ -88,6 +88,15 @@ func (f fetching) json(args ...string) (list []fetchedJSON, err error) {
 		err = fmt.Errorf("%w: %s", err, &stderr)
 	}
 	return list, err
+}
+
+// warm runs an image that is complete, for which no nydusd is started.
+func (f fetching) warm(img containerd.Image, id string, want kit.Tree) {
+	f.t.Helper()
+	c := run(f.t, f.Node, img, id, kit.RunOptions{})
+	daemonsNow(f.t, f.Node, 0)
+	kit.EqualTrees(f.t, "through EROFS", want, kit.MustWalk(f.t, c.Root()))
+	remove(f.t, c)
 }
 
 // oddNydus pushes an image of everything that a file system can get wrong.
@@ -150,6 +159,36 @@ func ranges(do func(w http.ResponseWriter, r *http.Request, next http.Handler)) 
 	}
 }
 
+// holding has a registry give out the first ranges of blobs, and hold back the others. await
+// returns while it holds one back; release lets go of all, at the latest when the test ends.
+func holding(t *testing.T, r *kit.Registry, first int64) (await, release func()) {
+	t.Helper()
+	var asked, held atomic.Int64
+	over := make(chan struct{})
+	r.SetHook(ranges(func(w http.ResponseWriter, req *http.Request, next http.Handler) {
+		if asked.Add(1) > first {
+			held.Add(1)
+			defer held.Add(-1)
+			select {
+			case <-over:
+			case <-req.Context().Done():
+				return
+			}
+		}
+		next.ServeHTTP(w, req)
+	}))
+	release = sync.OnceFunc(func() {
+		r.SetHook(nil)
+		close(over)
+	})
+	t.Cleanup(release)
+	await = func() {
+		t.Helper()
+		eventually(t, "somebody waits for a range of a blob", func() bool { return held.Load() > 0 })
+	}
+	return await, release
+}
+
 // TestFetchFails has a registry that gives out a part of an image, and nothing of another.
 func TestFetchFails(t *testing.T) {
 	r := kit.NewRegistry(t, kit.RegistryOptions{})
@@ -183,10 +222,7 @@ func TestFetchFails(t *testing.T) {
 
 	r.SetHook(nil)
 	f.mustFetch(ref)
-	c := run(t, f.Node, img, "warm", kit.RunOptions{})
-	daemonsNow(t, f.Node, 0)
-	kit.EqualTrees(t, "through EROFS", want, kit.MustWalk(t, c.Root()))
-	remove(t, c)
+	f.warm(img, "warm", want)
 }
 
 // TestFetchInterrupted interrupts and kills, and goes on.
@@ -197,32 +233,14 @@ func TestFetchInterrupted(t *testing.T) {
 	img := pull(t, f.Node, ref)
 	for _, sig := range []unix.Signal{unix.SIGINT, unix.SIGKILL} {
 		// Some ranges come, and then one that does not.
-		var n atomic.Int64
-		held, release := make(chan struct{}), make(chan struct{})
-		r.SetHook(ranges(func(w http.ResponseWriter, req *http.Request, next http.Handler) {
-			if k := n.Add(1); k > 2 {
-				if k == 3 {
-					close(held)
-				}
-				select {
-				case <-release:
-				case <-req.Context().Done():
-				}
-				return
-			}
-			next.ServeHTTP(w, req)
-		}))
+		await, release := holding(t, r, 2)
 		cmd := f.command(ref)
 		var out bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &out, &out
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		select {
-		case <-held:
-		case <-time.After(time.Minute):
-			t.Fatalf("nothing is asked for: %s", &out)
-		}
+		await()
 		daemonsNow(t, f.Node, 1)
 		if err := cmd.Process.Signal(sig); err != nil {
 			t.Fatal(err)
@@ -240,19 +258,15 @@ func TestFetchInterrupted(t *testing.T) {
 		} else if !strings.Contains(out.String(), "not complete") {
 			t.Errorf("interrupted, it says %s", &out)
 		}
-		close(release)
+		release()
 		f.nothingLeft()
 	}
-	r.SetHook(nil)
 	r.ResetRequests()
 	f.mustFetch(ref)
 	if got := r.BlobTotal(); got == 0 {
 		t.Error("nothing was left to fetch")
 	}
-	c := run(t, f.Node, img, "warm", kit.RunOptions{})
-	daemonsNow(t, f.Node, 0)
-	kit.EqualTrees(t, "through EROFS", want, kit.MustWalk(t, c.Root()))
-	remove(t, c)
+	f.warm(img, "warm", want)
 }
 
 // TestFetchKilledWithoutSnapshotter kills while no snapshotter runs: the next run ends what
@@ -265,26 +279,18 @@ func TestFetchKilledWithoutSnapshotter(t *testing.T) {
 	if err := f.StopSnapshotter(); err != nil {
 		t.Fatal(err)
 	}
-	held, release := make(chan struct{}, 1), make(chan struct{})
-	r.SetHook(ranges(func(http.ResponseWriter, *http.Request, http.Handler) {
-		select {
-		case held <- struct{}{}:
-		default:
-		}
-		<-release
-	}))
+	await, release := holding(t, r, 0)
 	cmd := f.command(ref)
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	<-held
+	await()
 	if err := cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
 	_ = cmd.Wait()
 	daemonsNow(t, f.Node, 1)
-	r.SetHook(nil)
-	close(release)
+	release()
 	f.mustFetch(ref)
 	f.nothingLeft()
 	if err := f.StartSnapshotter(t.Context()); err != nil {
@@ -358,10 +364,7 @@ func TestFetchFrom(t *testing.T) {
 		if got := r.Requests(); len(got) > 0 {
 			t.Errorf("%s: the registry was asked: %+v", c.name, got)
 		}
-		run := run(t, f.Node, img, c.name, kit.RunOptions{})
-		daemonsNow(t, f.Node, 0)
-		kit.EqualTrees(t, "through EROFS", want, kit.MustWalk(t, run.Root()))
-		remove(t, run)
+		f.warm(img, c.name, want)
 		if err := f.WaitRunEntries(soon); err != nil {
 			t.Error(err)
 		}
@@ -395,23 +398,7 @@ func TestFetchVerify(t *testing.T) {
 		t.Fatal("there is no data")
 	}
 	// The disk returns something else than what was compared.
-	info, err := os.Stat(data[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	file, err := os.OpenFile(data[0], os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := file.WriteAt(bytes.Repeat([]byte{0xa5}, 4096), 0); err != nil {
-		t.Fatal(err)
-	}
-	if err := file.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chtimes(data[0], info.ModTime(), info.ModTime()); err != nil {
-		t.Fatal(err)
-	}
+	rot(t, data[0], 0)
 	list, err := f.json(ref)
 	if err == nil || !strings.Contains(list[0].Error, "--verify fetches it again") {
 		t.Errorf("without --verify: %+v, %v", list, err)
@@ -425,10 +412,7 @@ func TestFetchVerify(t *testing.T) {
 		t.Error("nothing was fetched again")
 	}
 	f.nothingLeft()
-	c := run(t, f.Node, img, "warm", kit.RunOptions{})
-	daemonsNow(t, f.Node, 0)
-	kit.EqualTrees(t, "through EROFS", want, kit.MustWalk(t, c.Root()))
-	remove(t, c)
+	f.warm(img, "warm", want)
 }
 
 // TestFetchOldNydusd has a nydusd that shares no cache.

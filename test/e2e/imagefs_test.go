@@ -145,6 +145,7 @@ func TestImageFilesystem(t *testing.T) {
 			}
 			removeImage(refs[1])
 			wantBlobs(t, n, nil)
+			eventually(t, "what the images had is gone", func() bool { return imagesUsage(t, n)-empty < own })
 			agrees(t, n, "all are gone")
 		})
 	}

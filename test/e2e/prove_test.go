@@ -31,6 +31,16 @@ func proofs(t *testing.T, n *kit.Node, args ...string) (list []struct {
 	return list, err != nil
 }
 
+// awaitComplete waits until all of an image is there and right, also what no file of it
+// shows, and proves it. Nobody but the command does under FUSE.
+func awaitComplete(t *testing.T, n *kit.Node, ref string) {
+	t.Helper()
+	eventually(t, ref+" is proven", func() bool {
+		list, failed := proofs(t, n, ref)
+		return !failed && len(list) == 1 && list[0].Proven
+	})
+}
+
 // TestProvenWithoutAMount proves an image that nobody has mounted any more when the
 // snapshotter comes to it, and forgets that when it is removed, although another image
 // shares its blobs.

@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"crypto/rsa"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -28,9 +29,7 @@ func newSigning(t *testing.T, s style, config map[string]any) *signing {
 	x := &signing{t: t, keys: filepath.Join(t.TempDir(), "keys.pem"), trusted: kit.NewSigningKey(t), evil: kit.NewSigningKey(t)}
 	kit.WriteKeys(t, x.keys, x.trusted)
 	all := map[string]any{"image.validate_signature": true, "image.public_key_file": x.keys}
-	for k, v := range config {
-		all[k] = v
-	}
+	maps.Copy(all, config)
 	x.r = kit.NewRegistry(t, kit.RegistryOptions{})
 	x.n = s.node(t, kit.NodeConfig{Config: all})
 	return x

@@ -230,27 +230,68 @@ func TestDiskFillsUp(t *testing.T) {
 	d.whole()
 }
 
+// TestDiskFullAfterBoot: what was not synced is taken back also where there is no room to
+// write down what is left.
+func TestDiskFullAfterBoot(t *testing.T) {
+	d := newDisk(t, newVersion)
+	target := d.mustMount(d.spec)
+	_, err := os.ReadFile(filepath.Join(target, "a-1"))
+	must(t, err)
+	_, err = d.cache.Sync(t.Context())
+	must(t, err)
+	d.holds(d.img, target)
+	d.unmount(target)
+	must(t, d.tidy(soon))
+	maps := func() int {
+		t.Helper()
+		list, err := filepath.Glob(filepath.Join(d.spec.CacheDir, "*.chunk_map"))
+		must(t, err)
+		return len(list)
+	}
+	before := maps()
+	d.fill(0)
+	d.reboot()
+	if s, err := d.cache.Sync(t.Context()); err != nil || s.Lost == 0 {
+		t.Errorf("on a full disk: %+v, %v", s, err)
+	}
+	if after := maps(); after >= before {
+		t.Errorf("%d maps, %d before: there was room for each, and this test tests nothing", after, before)
+	}
+	d.true("taken back on a full disk")
+	d.free()
+	d.whole()
+}
+
 // TestDiskFullWhileProving: a proof for which there is no room is none, and says so.
 func TestDiskFullWhileProving(t *testing.T) {
 	d := newDisk(t, newVersion)
 	s := d.completed()
+	refused := 0
 	for _, step := range []string{"create proof", "write proof", "sync proof"} {
-		p := d.prover()
+		p, full := d.prover(), false
 		p.Step = func(name string) {
 			if name == step {
 				d.fill(0)
+				full = true
 			}
 		}
 		done, err := p.Prove(t.Context(), s.CacheDir, s.Bootstrap, s.BootstrapDigest)
-		// What was written before it was full may have got its block then.
-		if done != (err == nil) || err != nil && !errors.Is(err, unix.ENOSPC) {
+		if !full || done != (err == nil) || err != nil && !errors.Is(err, unix.ENOSPC) {
 			t.Errorf("%s: %v, %v", step, done, err)
 		}
+		// What was written before it was full may have got its block then.
+		if step == "create proof" && done {
+			t.Error("a proof for which there is no block is one")
+		}
 		if !done {
+			refused++
 			d.unproven()
 		}
 		d.free()
 		must(t, proof.Remove(s.CacheDir, d.tables[0].Blob.ID))
+	}
+	if refused == 0 {
+		t.Error("the disk was never too full: this test tests nothing")
 	}
 	if !d.tryProve() {
 		t.Error("the image is not proven with room")

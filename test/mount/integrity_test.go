@@ -200,9 +200,7 @@ func TestIntegrityOfTheKernel(t *testing.T) {
 	}
 	e.unmount(target)
 	must(t, e.tidy(soon))
-	if r := e.mount(e.by(mountspec.DriverEROFS, s), e.target()); r.code == 0 {
-		t.Error("the kernel is given what was written to")
-	}
+	e.mountFails(s, mountspec.DriverEROFS, proof.ErrNotProven.Error())
 
 	// A disk that returns other bytes leaves the times alone, which is as if the proof had
 	// those of now: nobody notices.
@@ -223,15 +221,4 @@ func TestIntegrityOfTheKernel(t *testing.T) {
 	}
 	e.unmount(target)
 	must(t, e.tidy(soon))
-
-	// The bootstrap is compared before each mount, and not by the kernel.
-	text := append([]byte(nil), img.boot...)
-	text[len(text)-1] ^= 1
-	must(t, os.WriteFile(s.Bootstrap, text, 0o644))
-	for _, driver := range []mountspec.Driver{mountspec.DriverEROFS, mountspec.DriverFUSE} {
-		r := e.mount(e.by(driver, s), e.target())
-		if r.code == 0 {
-			t.Errorf("%s: a changed bootstrap is mounted", driver)
-		}
-	}
 }
