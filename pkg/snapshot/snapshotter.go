@@ -232,7 +232,7 @@ func (s *Snapshotter) commitData(ctx context.Context, key, parent string, labels
 	target := labels[snapshots.LabelSnapshotRef]
 	name := dataName(parent, target)
 	exists := fmt.Errorf("nydus data layer %s: %w", target, errdefs.ErrAlreadyExists)
-	if _, err := s.Stat(ctx, name); err == nil {
+	if _, _, err := s.info(ctx, name); err == nil {
 		return exists
 	} else if !errdefs.IsNotFound(err) {
 		return fmt.Errorf("prepare nydus data layer %s: %w", target, err)
