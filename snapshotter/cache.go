@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -93,7 +94,7 @@ func cacheCommand() *cli.Command {
 			{
 				Name: "prove", ArgsUsage: "[IMAGE…]", Flags: flags(),
 				Usage:  "compare pulled images that are complete with their digests, so that they are mounted without nydusd; all when none is named",
-				Action: configured(proveCommand),
+				Action: proveCommand,
 			},
 		},
 		Action: func(c *cli.Context) error {
@@ -116,11 +117,15 @@ func configured(run func(c *cli.Context, cfg config.Config, asJSON bool) error) 
 	return func(c *cli.Context) error {
 		format := c.String("format")
 		if format != "table" && format != "json" {
-			return fmt.Errorf("cache: --format is %q, want table or json", format)
+			return fmt.Errorf("cache %s: --format is %q, want table or json", c.Command.Name, format)
 		}
 		cfg, err := loadOverridden(c)
 		if err != nil {
 			return err
+		}
+		// A wrong one would look like a cache that has nothing.
+		if _, err := os.Stat(cfg.Root); err != nil {
+			return fmt.Errorf("cache %s: look at root: %w; name the one of the snapshotter by --root or --config", c.Command.Name, err)
 		}
 		return run(c, cfg, format == "json")
 	}

@@ -32,6 +32,8 @@ func TestOptionsBehindImages(t *testing.T) {
 		{[]string{"a", "--from", "d", "b", "--verify"}, []string{"a", "b"}, true, "d", ""},
 		{[]string{"a", "--from=d"}, []string{"a"}, false, "d", ""},
 		{[]string{"a", "--", "--verify"}, []string{"a", "--verify"}, false, "", ""},
+		{[]string{"a", "-verify", "-from=d"}, []string{"a"}, true, "d", ""},
+		{[]string{"a", "-h"}, nil, false, "", "fetch --help"},
 		{[]string{"a", "--from"}, nil, false, "", "needs an argument"},
 		{[]string{"a", "--what"}, nil, false, "", "not defined"},
 		{[]string{"a", "--verify=often"}, nil, false, "", "verify"},
@@ -67,6 +69,8 @@ func TestFetchUsage(t *testing.T) {
 		args []string
 	}{
 		{"want an IMAGE", nil},
+		{"want an IMAGE", []string{"a", ""}},
+		{"--from is empty", []string{"a", "--from="}},
 		{"--format", []string{"a", "--format", "xml"}},
 		{"--rate", []string{"a", "--rate", "fast"}},
 		{"--from", []string{"a", "--from", "/no/such/directory", "--root", t.TempDir()}},
@@ -119,10 +123,12 @@ func TestDirectoryOfPipes(t *testing.T) {
 	sum := sha256.Sum256(text)
 	id := hex.EncodeToString(sum[:])
 	for name, put := range map[string]func(path string) error{
-		"pipe":           func(path string) error { return unix.Mkfifo(path, 0o600) },
-		"directory":      func(path string) error { return os.Mkdir(path, 0o700) },
-		"link to a pipe": func(path string) error { return errors.Join(unix.Mkfifo(path+".pipe", 0o600), os.Symlink(path+".pipe", path)) },
-		"socket":         func(path string) error { return unix.Mknod(path, unix.S_IFSOCK|0o600, 0) },
+		"pipe":      func(path string) error { return unix.Mkfifo(path, 0o600) },
+		"directory": func(path string) error { return os.Mkdir(path, 0o700) },
+		"link to a pipe": func(path string) error {
+			return errors.Join(unix.Mkfifo(path+".pipe", 0o600), os.Symlink(path+".pipe", path))
+		},
+		"socket": func(path string) error { return unix.Mknod(path, unix.S_IFSOCK|0o600, 0) },
 	} {
 		path := filepath.Join(t.TempDir(), id)
 		must(t, put(path))
