@@ -133,7 +133,8 @@ func TestDirectoryOfPipes(t *testing.T) {
 		path := filepath.Join(t.TempDir(), id)
 		must(t, put(path))
 		got, err := (&directory{path: filepath.Dir(path)}).find(t.Context(), id)
-		if err == nil || !strings.Contains(err.Error(), path) {
+		// A socket cannot even be opened.
+		if err == nil || !strings.Contains(err.Error(), path) || name != "socket" && !strings.Contains(err.Error(), "is no regular file") {
 			t.Errorf("%s: %q, %v", name, got, err)
 		}
 	}
