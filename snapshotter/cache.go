@@ -93,8 +93,16 @@ func cacheCommand() *cli.Command {
 			{Name: "verify", Usage: "compare what is cached with the images' digests, and remove what is wrong and not in use", Before: noArguments, Flags: flags(), Action: cacheAction(verifyCache)},
 			{
 				Name: "prove", ArgsUsage: "[IMAGE…]", Flags: flags(),
-				Usage:  "compare pulled images that are complete with their digests, so that they are mounted without nydusd; all when none is named",
-				Action: proveCommand,
+				Usage: "compare pulled images that are complete with their digests, so that they are mounted without nydusd; all when none is named",
+				Action: func(c *cli.Context) error {
+					names, err := behind(c)
+					if err != nil {
+						return err
+					}
+					return configured(func(c *cli.Context, cfg config.Config, asJSON bool) error {
+						return proveCommand(c, cfg, asJSON, names)
+					})(c)
+				},
 			},
 		},
 		Action: func(c *cli.Context) error {

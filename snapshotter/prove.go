@@ -137,17 +137,7 @@ type proven struct {
 
 // proveCommand proves pulled images at once, those that are named or all, and fails unless
 // all of them are.
-func proveCommand(c *cli.Context) error {
-	names, err := behind(c)
-	if err != nil {
-		return err
-	}
-	return configured(func(c *cli.Context, cfg config.Config, asJSON bool) error {
-		return proveNamed(c, cfg, asJSON, names)
-	})(c)
-}
-
-func proveNamed(c *cli.Context, cfg config.Config, asJSON bool, names []string) error {
+func proveCommand(c *cli.Context, cfg config.Config, asJSON bool, names []string) error {
 	images, err := provable(c.Context, cfg.Root, placed(cfg))
 	if err != nil {
 		return fmt.Errorf("cache prove: %w", err)
@@ -193,12 +183,12 @@ func selected(images []prove.Image, names []string) ([]prove.Image, error) {
 	for _, name := range names {
 		before := len(list)
 		for i := range images {
-			if normal(images[i].Name) == normal(name) {
+			if images[i].Name == name {
 				list = append(list, images[i])
 			}
 		}
 		if len(list) == before {
-			errs = append(errs, fmt.Errorf("cache prove: no nydus image %q has been pulled; without a name it lists those that have", name))
+			errs = append(errs, fmt.Errorf("cache prove: no nydus image %q has been pulled; `cache ls` names those that have", name))
 		}
 	}
 	return list, errors.Join(errs...)
