@@ -92,15 +92,23 @@ func run(name string, args []string, out io.Writer) error {
 
 const help = `Usage: %[1]s SOURCE TARGET [-sfnv] [-t TYPE] [-o OPTIONS]
 
-Mounts a nydus image on TARGET, as mount.fuse's and mount(8)'s helper.
+Mounts a nydus image on TARGET, alone or as a container's root filesystem, as
+mount.fuse's and mount(8)'s helper. What serves the image already is used; if
+nothing does, a nydusd is started, or the kernel's EROFS mounts the image
+without any daemon. Only root may mount.
 
 With extraoption=… among OPTIONS the option, made by nydus-snapshotter, says
-everything but, for a container in a user namespace, whose the files are to be:
+everything: EROFS serves the image when the configured driver allows it and all
+of the image is in the cache and was compared with its digests. Beside it stand,
+for a container in a user namespace, whose the files are to be (EROFS only):
 
-  uidmap=C:H:N      N user ids of the image from C on are those from H on
+  uidmap=C:H:N      N user ids of the image from C on are those from H on;
+                    several with commas between them, in double quotes
   gidmap=C:H:N      the same for group ids
 
-Without it:
+and SELinux's labels (context=…) for a container.
+
+Without it a nydusd serves the image, and ends with its last unmount:
 
   bootstrap=FILE    the image's metadata file (required)
   config=FILE       nydusd's configuration, JSON; mode 0600 if it has credentials (required)
@@ -111,8 +119,17 @@ Without it:
   threads=N         FUSE threads
   timeout=DURATION  for nydusd to serve, such as 10s
 
-and the flags of mount(8): ro, nosuid, nodev, noexec, noatime, …
+In both cases the flags of mount(8) count (ro, nosuid, nodev, noexec, noatime, …),
+and options of fstab's own are passed over (nofail, _netdev, user, x-…).
+
+  -s                ignore unknown options
+  -f                check all, mount nothing
+  -v                say what was mounted
+  -n, -t TYPE       no effect
+  --help, --version
+
+Exit status: 0, 1 for a wrong call, 32 for a mount that failed.
 
 Example:
-  mount -t nydus -o bootstrap=/img/image.boot,config=/img/nydusd.json none /mnt
+  mount -t nydus -o bootstrap=/img/image.boot,config=/img/nydusd.json rafs /mnt
 `

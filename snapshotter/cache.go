@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -92,8 +93,16 @@ func cacheCommand() *cli.Command {
 			{Name: "verify", Usage: "compare what is cached with the images' digests, and remove what is wrong and not in use", Before: noArguments, Flags: flags(), Action: cacheAction(verifyCache)},
 			{
 				Name: "prove", ArgsUsage: "[IMAGE…]", Flags: flags(),
-				Usage:  "compare pulled images that are complete with their digests, so that they are mounted without nydusd; all when none is named",
-				Action: configured(proveCommand),
+				Usage: "compare pulled images that are complete with their digests, so that they are mounted without nydusd; all when none is named",
+				Action: func(c *cli.Context) error {
+					names, err := behind(c)
+					if err != nil {
+						return err
+					}
+					return configured(func(c *cli.Context, cfg config.Config, asJSON bool) error {
+						return proveCommand(c, cfg, asJSON, names)
+					})(c)
+				},
 			},
 		},
 		Action: func(c *cli.Context) error {
@@ -116,11 +125,15 @@ func configured(run func(c *cli.Context, cfg config.Config, asJSON bool) error) 
 	return func(c *cli.Context) error {
 		format := c.String("format")
 		if format != "table" && format != "json" {
-			return fmt.Errorf("cache: --format is %q, want table or json", format)
+			return fmt.Errorf("cache %s: --format is %q, want table or json", c.Command.Name, format)
 		}
 		cfg, err := loadOverridden(c)
 		if err != nil {
 			return err
+		}
+		// A wrong one would look like a cache that has nothing.
+		if _, err := os.Stat(cfg.Root); err != nil {
+			return fmt.Errorf("cache %s: look at root: %w; name the one of the snapshotter by --root or --config", c.Command.Name, err)
 		}
 		return run(c, cfg, format == "json")
 	}

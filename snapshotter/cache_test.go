@@ -163,3 +163,20 @@ func TestCacheCalledWrongly(t *testing.T) {
 		}
 	}
 }
+
+// TestCacheUsage: what is wrong is told in one line, and is no cache that has nothing.
+func TestCacheUsage(t *testing.T) {
+	b := newCacheBed(t)
+	for _, command := range []string{"ls", "gc", "sync", "verify", "prove"} {
+		for want, args := range map[string][]string{
+			"cache " + command + " --help":  {"--what"},
+			"cache " + command + ": --form": {"--format", "xml"},
+			"/no/such/root":                 {"--root", "/no/such/root"},
+		} {
+			out, err := b.run(append([]string{command}, args...)...)
+			if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") || out != "" {
+				t.Errorf("%s %q: %v, want %q; it says\n%s", command, args, err, want, out)
+			}
+		}
+	}
+}

@@ -14,6 +14,7 @@ import (
 	"sync"
 
 	"github.com/distribution/reference"
+	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
@@ -250,7 +251,7 @@ func (d *directory) find(ctx context.Context, id string) (string, error) {
 	}
 	for _, name := range d.names(id) {
 		path := filepath.Join(d.path, name)
-		f, err := os.Open(path)
+		f, err := openBlob(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -272,6 +273,23 @@ func (d *directory) find(ctx context.Context, id string) (string, error) {
 		return path, nil
 	}
 	return "", fs.ErrNotExist
+}
+
+// openBlob opens a file, which may be reached by links: a store of layouts has them.
+// Whatever else lies there is refused, and not waited for, as for the writer of a pipe.
+func openBlob(path string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Clean(path), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is no regular file", path)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }
 
 // blobIDs lists what the image's blobs are called, those of their metadata included.

@@ -56,24 +56,26 @@ func behind(c *cli.Context) ([]string, error) {
 	for all := c.Args().Slice(); len(all) > 0; {
 		arg := all[0]
 		all = all[1:]
-		name, isOption := strings.CutPrefix(arg, "--")
 		switch {
-		case !isOption:
+		case !strings.HasPrefix(arg, "-"):
 			args = append(args, arg)
 			continue
-		case name == "":
+		case arg == "--":
 			return append(args, all...), nil
 		}
-		name, value, given := strings.Cut(name, "=")
+		name, value, given := strings.Cut(strings.TrimPrefix(arg[1:], "-"), "=")
+		if name == "help" || name == "h" {
+			return nil, fmt.Errorf("%s has to stand before all else; see %s --help", arg, c.Command.HelpName)
+		}
 		at := slices.IndexFunc(c.Command.Flags, func(f cli.Flag) bool { return slices.Contains(f.Names(), name) })
 		if at < 0 {
-			return nil, fmt.Errorf("flag provided but not defined: %s", arg)
+			return nil, fmt.Errorf("flag provided but not defined: %s; see %s --help", arg, c.Command.HelpName)
 		}
 		if _, isBool := c.Command.Flags[at].(*cli.BoolFlag); !given && isBool {
 			value = "true"
 		} else if !given {
 			if len(all) == 0 {
-				return nil, fmt.Errorf("flag needs an argument: %s", arg)
+				return nil, fmt.Errorf("flag needs an argument: %s; see %s --help", arg, c.Command.HelpName)
 			}
 			value, all = all[0], all[1:]
 		}
@@ -119,8 +121,11 @@ func fetchImages(c *cli.Context) error {
 		return fmt.Errorf("image fetch: --rate: %w", err)
 	case format != "table" && format != "json":
 		return fmt.Errorf("image fetch: --format is %q, want table or json", format)
-	case len(images) == 0:
-		return errors.New("image fetch: want an IMAGE")
+	case len(images) == 0 || slices.Contains(images, ""):
+		return errors.New("image fetch: want an IMAGE, by the name that it was pulled with")
+	case c.IsSet("from") && c.String("from") == "":
+		// As from a script's variable that has nothing: it asked for no registry.
+		return errors.New("image fetch: --from is empty, want a directory")
 	case os.Geteuid() != 0:
 		return errors.New("image fetch: only root can do what this needs: mount, and write the cache; run it as root")
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/fetch"
 )
@@ -30,6 +32,8 @@ func TestOptionsBehindImages(t *testing.T) {
 		{[]string{"a", "--from", "d", "b", "--verify"}, []string{"a", "b"}, true, "d", ""},
 		{[]string{"a", "--from=d"}, []string{"a"}, false, "d", ""},
 		{[]string{"a", "--", "--verify"}, []string{"a", "--verify"}, false, "", ""},
+		{[]string{"a", "-verify", "-from=d"}, []string{"a"}, true, "d", ""},
+		{[]string{"a", "-h"}, nil, false, "", "fetch --help"},
 		{[]string{"a", "--from"}, nil, false, "", "needs an argument"},
 		{[]string{"a", "--what"}, nil, false, "", "not defined"},
 		{[]string{"a", "--verify=often"}, nil, false, "", "verify"},
@@ -65,6 +69,8 @@ func TestFetchUsage(t *testing.T) {
 		args []string
 	}{
 		{"want an IMAGE", nil},
+		{"want an IMAGE", []string{"a", ""}},
+		{"--from is empty", []string{"a", "--from="}},
 		{"--format", []string{"a", "--format", "xml"}},
 		{"--rate", []string{"a", "--rate", "fast"}},
 		{"--from", []string{"a", "--from", "/no/such/directory", "--root", t.TempDir()}},
@@ -108,6 +114,40 @@ func TestDirectory(t *testing.T) {
 	}
 	if got, err := (&directory{path: t.TempDir()}).find(t.Context(), id); !os.IsNotExist(err) {
 		t.Errorf("a blob that is not there: %q, %v", got, err)
+	}
+}
+
+// TestDirectoryOfPipes: what is no file is refused at once, and a link to a file is not.
+func TestDirectoryOfPipes(t *testing.T) {
+	text := []byte("this is a blob")
+	sum := sha256.Sum256(text)
+	id := hex.EncodeToString(sum[:])
+	for name, put := range map[string]func(path string) error{
+		"pipe":      func(path string) error { return unix.Mkfifo(path, 0o600) },
+		"directory": func(path string) error { return os.Mkdir(path, 0o700) },
+		"link to a pipe": func(path string) error {
+			return errors.Join(unix.Mkfifo(path+".pipe", 0o600), os.Symlink(path+".pipe", path))
+		},
+		"socket": func(path string) error { return unix.Mknod(path, unix.S_IFSOCK|0o600, 0) },
+	} {
+		path := filepath.Join(t.TempDir(), id)
+		must(t, put(path))
+		got, err := (&directory{path: filepath.Dir(path)}).find(t.Context(), id)
+		// A socket cannot even be opened.
+		if err == nil || !strings.Contains(err.Error(), path) || name != "socket" && !strings.Contains(err.Error(), "is no regular file") {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+	}
+	dir, other := t.TempDir(), filepath.Join(t.TempDir(), "file")
+	must(t, os.WriteFile(other, text, 0o600))
+	must(t, os.Symlink(other, filepath.Join(dir, id)))
+	if got, err := (&directory{path: dir}).find(t.Context(), id); got != filepath.Join(dir, id) || err != nil {
+		t.Errorf("a link to a file: %q, %v", got, err)
+	}
+	pipe := filepath.Join(dir, "pipe")
+	must(t, unix.Mkfifo(pipe, 0o600))
+	if d, err := newDirectory(pipe); err == nil || !strings.Contains(err.Error(), "is no directory") {
+		t.Errorf("a pipe for a directory: %+v, %v", d, err)
 	}
 }
 

@@ -31,7 +31,7 @@ func main() {
 }
 
 func newApp() *cli.App {
-	return &cli.App{
+	app := &cli.App{
 		Name:                   "nydus-snapshotter",
 		Usage:                  "containerd's snapshotter for nydus images",
 		Version:                version,
@@ -49,6 +49,19 @@ func newApp() *cli.App {
 			}
 			return errors.Join(cli.ShowAppHelp(c), errors.New("a command is missing"))
 		},
+	}
+	brief(app.Commands)
+	return app
+}
+
+// brief has commands answer a wrong option with one line, and not with all of their help on
+// standard output, where programs read.
+func brief(commands []*cli.Command) {
+	for _, command := range commands {
+		command.OnUsageError = func(c *cli.Context, err error, _ bool) error {
+			return fmt.Errorf("%w; see %s --help", err, c.Command.HelpName)
+		}
+		brief(command.Subcommands)
 	}
 }
 

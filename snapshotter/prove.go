@@ -137,13 +137,13 @@ type proven struct {
 
 // proveCommand proves pulled images at once, those that are named or all, and fails unless
 // all of them are.
-func proveCommand(c *cli.Context, cfg config.Config, asJSON bool) error {
+func proveCommand(c *cli.Context, cfg config.Config, asJSON bool, names []string) error {
 	images, err := provable(c.Context, cfg.Root, placed(cfg))
 	if err != nil {
 		return fmt.Errorf("cache prove: %w", err)
 	}
 	var unknown error
-	if names := c.Args().Slice(); len(names) > 0 {
+	if len(names) > 0 {
 		images, unknown = selected(images, names)
 	}
 	list := make([]proven, 0, len(images))

@@ -76,6 +76,10 @@ func TestCacheProve(t *testing.T) {
 			t.Errorf("it says\n%s(%v) without %q", out, err, want)
 		}
 	}
+	out, err = b.run("prove", "r.example/team/app:1", "--format", "json") // an option behind
+	if list = nil; err != nil || json.Unmarshal([]byte(out), &list) != nil || len(list) != 1 {
+		t.Errorf("with an option behind it says\n%s(%v)", out, err)
+	}
 	if list, err := b.prove("r.example/team/app:1", "r.example/none:1"); err == nil || !strings.Contains(err.Error(), `"r.example/none:1"`) || len(list) != 1 || !list[0].Proven {
 		t.Errorf("an image that is not there: %+v, %v", list, err)
 	}

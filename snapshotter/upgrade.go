@@ -112,10 +112,14 @@ func upgradeOf(ctx context.Context, c *cli.Context, cfg config.Config) (*upgrade
 // successorPath makes sure that a daemon, whose working directory is another, finds
 // its executable.
 func successorPath(flag string, d config.Daemon) (string, error) {
-	if flag == "" {
-		return nydusdOf{Daemon: d}.find()
+	if flag != "" {
+		return filepath.Abs(flag)
 	}
-	return filepath.Abs(flag)
+	path, err := nydusdOf{Daemon: d}.find()
+	if err != nil {
+		err = fmt.Errorf("find nydusd: %w; install it, set [daemon] nydusd_path, or name it by --nydusd", err)
+	}
+	return path, err
 }
 
 // choose picks the daemons that serve: all, or those that were named.

@@ -3,7 +3,6 @@ package config
 import (
 	"errors"
 	"fmt"
-	"math"
 	"strings"
 	"time"
 )
@@ -45,7 +44,7 @@ func parseWatermark(text string) (Watermark, error) {
 		return Watermark{Part: a.part}, err
 	}
 	n, ok := scaled(text, "KMGT")
-	if !ok || n == 0 || n == math.MaxInt64 {
+	if !ok || n == 0 {
 		return Watermark{}, fmt.Errorf(`%q: want bytes as a whole number, with K, M, G or T behind it (of 1024) such as "100G", or a percentage of the filesystem such as "80%%", or nothing`, text)
 	}
 	return Watermark{Bytes: n}, nil

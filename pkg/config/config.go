@@ -119,7 +119,7 @@ func parseSize(text string) (Size, bool) {
 }
 
 // scaled reads a whole number of bytes, with one of units, the first of "KMGT", behind it or
-// none. What the unit makes too large is the largest that there is.
+// none. What the unit makes too large is refused, and n the largest that there is.
 func scaled(text, units string) (n int64, ok bool) {
 	digits := strings.TrimRight(text, units)
 	unit, shift := text[len(digits):], 0
@@ -131,7 +131,7 @@ func scaled(text, units string) (n int64, ok bool) {
 		return 0, false
 	}
 	if v > math.MaxInt64>>shift {
-		return math.MaxInt64, true
+		return math.MaxInt64, false
 	}
 	return int64(v) << shift, true
 }

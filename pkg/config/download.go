@@ -14,8 +14,12 @@ const (
 	DownloadAlways Download = "always"
 )
 
-// minDownload is the least rate: less is a mistake.
-const minDownload = 64 << 10
+const (
+	// minDownload is the least rate: less is a mistake.
+	minDownload = 64 << 10
+	// maxRate is more bytes a second than any network has.
+	maxRate = 1 << 40
+)
 
 // ParseSize reads a number of bytes as it is written: "16M".
 func ParseSize(text string) (Size, error) {
@@ -28,7 +32,7 @@ func ParseSize(text string) (Size, error) {
 
 func (v *validator) download(c Cache) {
 	v.oneOf("cache.download", string(c.Download), string(DownloadNever), string(DownloadIdle), string(DownloadAlways))
-	if c.DownloadRate < 0 || c.DownloadRate > 0 && c.DownloadRate < minDownload {
-		v.fail("cache.download_rate", "is %s, want 0 for no bound, or at least %s a second", c.DownloadRate, Size(minDownload))
+	if r := c.DownloadRate; r != 0 && (r < minDownload || r > maxRate) {
+		v.fail("cache.download_rate", "is %s, want 0 for no bound, or at least %s a second, and at most %s", r, Size(minDownload), Size(maxRate))
 	}
 }

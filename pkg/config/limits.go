@@ -64,7 +64,7 @@ func parseMemory(text string) (amount, error) {
 		return parsePercent(text, percent)
 	}
 	n, ok := scaled(text, "KMG")
-	if !ok {
+	if !ok && n == 0 {
 		return amount{}, fmt.Errorf(`%q: want bytes as a whole number, with K, M or G behind it (of 1024) such as "256M", or a percentage of the machine's memory such as "10%%", or nothing`, text)
 	}
 	if n > maxMemory || n < MinMemory {

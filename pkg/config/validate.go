@@ -202,8 +202,8 @@ func (v *validator) remote(r Remote) {
 	if r.HostStreams < 0 {
 		v.fail("remote.host_streams", "is %d, want 0 or more", r.HostStreams)
 	}
-	if r.HostBandwidth < 0 || r.HostBandwidth > 0 && r.HostBandwidth < minBandwidth {
-		v.fail("remote.host_bandwidth", "is %s, want 0 for no bound, or at least %s in a second: nydusd waits for a request no longer than half a minute", r.HostBandwidth, Size(minBandwidth))
+	if b := r.HostBandwidth; b != 0 && (b < minBandwidth || b > maxRate) {
+		v.fail("remote.host_bandwidth", "is %s, want 0 for no bound, or at least %s in a second, since nydusd waits for a request no longer than half a minute, and at most %s", b, Size(minBandwidth), Size(maxRate))
 	}
 	v.hosts("remote.plain_http", r.PlainHTTP)
 	v.hosts("remote.skip_verify", r.SkipVerify)

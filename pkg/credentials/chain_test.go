@@ -244,20 +244,24 @@ func TestBrokenDockerConfig(t *testing.T) {
 		}
 	}
 	want("one.example", "dTox", false)
+	want("public.example", "", false)
 	edit(good[:30])
 	for range 3 {
 		want("one.example", "dTox", false)
 	}
-	want("two.example", "", true) // nobody knows whether it has a login
+	want("two.example", "", true)     // nobody knows whether it has a login
+	want("public.example", "", false) // it had none
 	if said := log.String(); strings.Count(said, "stays in force") != 1 || !strings.Contains(said, path) || strings.Contains(said, "dTox") {
 		t.Errorf("the log says: %s", said)
 	}
 	c.Refused("one.example", "x", &registry.Credentials{Auth: "dTox"})
 	want("one.example", "", true)
+	want("public.example", "", false)
 	edit(`{"auths": {"one.example": {"auth": "dToy"}}}`)
 	want("one.example", "dToy", false)
 	edit(`{"auths": {}}`)
 	want("one.example", "", false)
 	edit("{")
-	want("one.example", "", true) // it had none
+	want("one.example", "", false) // it had none
+	want("two.example", "", true)
 }

@@ -20,7 +20,7 @@ type Docker struct {
 	log    *slog.Logger
 
 	mu     sync.Mutex
-	last   map[string]*registry.Credentials // by host
+	last   map[string]*registry.Credentials // by host; nil for one that had none
 	broken bool                             // and said so
 }
 
@@ -46,20 +46,29 @@ func (d *Docker) Lookup(ctx context.Context, host, repository string) ([]*regist
 			d.broken = true
 			d.log.Error("docker's configuration cannot be read; what it said before stays in force", "event", "configuration", "error", err)
 		}
-		return some(d.last[host], err)
+		c, known := d.last[host]
+		if known && c == nil {
+			return nil, nil // it had none, and needs none to be read
+		}
+		return some(c, err)
 	}
 	if err != nil {
 		return list, err // a helper's
 	}
 	d.broken = false
-	delete(d.last, host)
+	d.keep(host, list)
+	return list, nil
+}
+
+// keep notes what config.json says of a host, also that it says nothing.
+func (d *Docker) keep(host string, list []*registry.Credentials) {
+	if _, known := d.last[host]; !known && len(d.last) >= maxLast {
+		clear(d.last)
+	}
+	d.last[host] = nil
 	if len(list) > 0 {
-		if len(d.last) >= maxLast {
-			clear(d.last)
-		}
 		d.last[host] = list[0]
 	}
-	return list, nil
 }
 
 func (d *Docker) lookup(ctx context.Context, host, repository string) ([]*registry.Credentials, error) {

@@ -98,13 +98,20 @@ func (h *Hold) begin(ctx context.Context, s Spec, files map[string]string) error
 	if err := l.bringUp(ctx); err != nil {
 		return err
 	}
-	g := h.inst.rec.Current
-	var err error
-	h.proc, err = nydusd.Find(g.PID, g.StartTime) // nil if it has just ended
-	if err != nil {
+	if err := h.adopt(h.inst.rec.Current); err != nil {
 		return errors.Join(err, h.inst.retire(), h.drain(ctx))
 	}
 	return nil
+}
+
+// adopt takes the process of a generation that was just started. One that has just ended
+// holds nothing, though it is a zombie of ours until it is reaped, which nobody else does.
+func (h *Hold) adopt(g *Generation) error {
+	var err error
+	if h.proc, err = nydusd.Find(g.PID, g.StartTime); err == nil && h.proc == nil {
+		nydusd.Reap(g.PID, g.StartTime)
+	}
+	return err
 }
 
 // stage makes the directory with links to files.

@@ -17,6 +17,10 @@ import (
 
 // IDMap says which ids on the host stand for those in an image, for a container in a user
 // namespace.
+//
+// containerd's core/mount has GetUsernsFD and IDMapMount for the like. They are not used since
+// that package brings protobuf, logrus and net into the mount helper, which is to start
+// quickly.
 type IDMap struct {
 	UIDs, GIDs []syscall.SysProcIDMap
 }
@@ -131,16 +135,7 @@ func bindMapped(source, target string, options []string, m *IDMap) error {
 	if err := attach(fd, target); err != nil {
 		return err
 	}
-	err = Private(target)
-	if err == nil {
-		if err = mount.Mount(source, target, "", "remount,bind,"+strings.Join(append([]string{"ro"}, options...), ",")); err != nil {
-			err = fmt.Errorf("set the flags of the bind: %w", err)
-		}
-	}
-	if err != nil {
-		return errors.Join(err, Detach(target))
-	}
-	return nil
+	return finish(target, append([]string{"ro"}, options...))
 }
 
 // attach puts a mount that is attached nowhere on target.

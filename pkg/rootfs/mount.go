@@ -157,9 +157,14 @@ func Bind(source, target string, options []string) error {
 	if err := mount.Mount(source, target, "", "bind"); err != nil {
 		return fmt.Errorf("bind %s: %w", source, err)
 	}
+	return finish(target, options)
+}
+
+// finish makes the bind on target private and sets its flags, or takes it off.
+func finish(target string, options []string) error {
 	err := Private(target)
 	if err == nil && len(options) > 0 {
-		if err = mount.Mount(source, target, "", "remount,bind,"+strings.Join(options, ",")); err != nil {
+		if err = mount.Mount("", target, "", "remount,bind,"+strings.Join(options, ",")); err != nil {
 			err = fmt.Errorf("set the flags of the bind: %w", err)
 		}
 	}

@@ -53,13 +53,13 @@ func ParseKeys(text []byte) (Keys, error) {
 }
 
 func parseKey(block *pem.Block) (*rsa.PublicKey, error) {
-	var any any
+	var parsed any
 	var err error
 	switch block.Type {
 	case "RSA PUBLIC KEY":
-		any, err = x509.ParsePKCS1PublicKey(block.Bytes)
+		parsed, err = x509.ParsePKCS1PublicKey(block.Bytes)
 	case "PUBLIC KEY":
-		any, err = x509.ParsePKIXPublicKey(block.Bytes)
+		parsed, err = x509.ParsePKIXPublicKey(block.Bytes)
 	case "PRIVATE KEY", "RSA PRIVATE KEY", "ENCRYPTED PRIVATE KEY", "EC PRIVATE KEY":
 		return nil, errors.New("it is a private key, which has no business on a node: put the public one there (openssl pkey -in KEY -pubout)")
 	default:
@@ -68,9 +68,9 @@ func parseKey(block *pem.Block) (*rsa.PublicKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	key, ok := any.(*rsa.PublicKey)
+	key, ok := parsed.(*rsa.PublicKey)
 	if !ok {
-		return nil, fmt.Errorf("it is a %T, want an RSA key", any)
+		return nil, fmt.Errorf("it is a %T, want an RSA key", parsed)
 	}
 	if bits := key.N.BitLen(); bits < minBits {
 		return nil, fmt.Errorf("it has %d bits, want %d or more", bits, minBits)
@@ -95,8 +95,9 @@ type identity struct {
 	mtime, change int64
 }
 
-// ReadKeys reads a file of keys, which only root may write. It may be reached through
-// links, as in a volume of Kubernetes.
+// ReadKeys reads a file of keys, which has to belong to the user of this process, which is
+// root on a node, and be writable for nobody else. It may be reached through links, as in a
+// volume of Kubernetes.
 func ReadKeys(path string) (Keys, error) {
 	f, err := os.OpenFile(filepath.Clean(path), os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -111,7 +112,7 @@ func ReadKeys(path string) (Keys, error) {
 	case st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > maxFile:
 		return nil, fmt.Errorf("%s: want a regular file of at most %d bytes", path, maxFile)
 	case st.Uid != uint32(os.Geteuid()) || st.Mode&0o022 != 0:
-		return nil, fmt.Errorf("%s has mode %04o and belongs to user %d: others than root could put their keys there; chown root and chmod 0644", path, st.Mode&0o7777, st.Uid)
+		return nil, fmt.Errorf("%s has mode %04o and belongs to user %d: others could put their keys there; chown it to user %d, who runs this program, and chmod 0644", path, st.Mode&0o7777, st.Uid, os.Geteuid())
 	}
 	text, err := io.ReadAll(io.LimitReader(f, maxFile))
 	if err != nil {

@@ -34,7 +34,8 @@ func (i Image) Open() (*os.File, error) {
 	if _, gone := os.Lstat(filepath.Join(i.dir, recordName)); errors.Is(gone, fs.ErrNotExist) {
 		return nil, fmt.Errorf("open bootstrap of image %q: its layer is gone: %w", i.Ref, fs.ErrNotExist)
 	}
-	return nil, fmt.Errorf("open bootstrap of image %q in %s: %w; remove the image and pull it again", i.Ref, i.dir, err)
+	// Not wrapped: an image whose layer is there needs its blobs, also when its bootstrap is not.
+	return nil, fmt.Errorf("open bootstrap of image %q in %s: %s; remove the image and pull it again", i.Ref, i.dir, err.Error())
 }
 
 // Dir is the layer's directory, for people.

@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"fmt"
 	"regexp"
-	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -29,20 +28,19 @@ const (
 const LabelBackend = "containerd.io/snapshot/nydus-backend"
 
 // LabelDownload says for an image, instead of [cache] download for all, whether it is
-// completed in the background: one of Downloads, as an annotation of the bootstrap layer's
+// completed in the background: never, idle or always, as an annotation of the bootstrap layer's
 // descriptor. Any other value counts as none, since it is not worth an image that cannot be
 // pulled.
 const LabelDownload = "containerd.io/snapshot/nydus-download"
 
-// Downloads are the values of LabelDownload.
-func Downloads() []string { return []string{"never", "idle", "always"} }
-
 // downloadOf is what labels ask for, "" for nothing.
 func downloadOf(labels map[string]string) string {
-	if wanted := labels[LabelDownload]; slices.Contains(Downloads(), wanted) {
+	switch wanted := labels[LabelDownload]; wanted {
+	case "never", "idle", "always":
 		return wanted
+	default:
+		return ""
 	}
-	return ""
 }
 
 // unpackKey is the last element of a key under which containerd unpacks a

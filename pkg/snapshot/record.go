@@ -33,7 +33,7 @@ type record struct {
 	Image   string `json:"image"`
 	// Backend is the one that the layer's labels ask for.
 	Backend string `json:"backend,omitempty"`
-	// Download is what the labels ask for, one of Downloads.
+	// Download is what the labels ask for, see LabelDownload.
 	Download string `json:"download,omitempty"`
 
 	// Blob is the id of a data layer's blob; empty when it was not known.

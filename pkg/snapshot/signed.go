@@ -76,17 +76,15 @@ func (s *Snapshotter) alone(ctx context.Context, key string, info snapshots.Info
 	if s.o.Signatures == nil || layer == "" {
 		return nil
 	}
-	var snap storage.Snapshot
-	err := s.store.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
-		snap, err = storage.GetSnapshot(ctx, key)
-		return err
-	})
+	parents, err := s.parents(ctx, key)
 	if err != nil {
 		return err
 	}
-	// Layers of data without a bootstrap are no image yet.
-	if im, err := s.findImage(snap.ParentIDs); err != nil || im == nil {
-		return nil
+	switch im, err := s.findImage(parents); {
+	case errdefs.IsFailedPrecondition(err), err == nil && im == nil:
+		return nil // layers of data without a bootstrap are no image yet
+	case err != nil:
+		return err
 	}
 	return unsignedLayer(layer)
 }

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 
@@ -233,3 +234,19 @@ func TestSignatureThatCannotBeJudged(t *testing.T) {
 type failing struct{ error }
 
 func (f failing) Verify(string, string) error { return f.error }
+
+// A record that cannot be read may be a bootstrap's: the layer above is not let through.
+func TestLayerAboveWhatCannotBeRead(t *testing.T) {
+	n := newNode(t)
+	image := n.pull(n.data(), signedLayer(n, "v6-lz4_block"))
+	n.sn.o.Signatures = &signatures{}
+	mounts, _ := n.container(image)
+	record := filepath.Join(filepath.Dir(filepath.Dir(filepath.Dir(n.decode(mounts[0]).Bootstrap))), recordName)
+	above := n.plain("file")
+	above.apply = func([]mount.Mount) { place(t, record, []byte("{")) }
+	if _, err := n.tryPull(n.ctx, n.data(), signedLayer(n, "v6-lz4_block"), above); err == nil || !strings.Contains(err.Error(), record) {
+		t.Errorf("pull: %v, want an error that names %s", err, record)
+	}
+	// Data alone is no image yet, and not in the way.
+	n.pull(n.data(), n.plain("a"))
+}

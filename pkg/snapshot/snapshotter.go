@@ -232,7 +232,7 @@ func (s *Snapshotter) commitData(ctx context.Context, key, parent string, labels
 	target := labels[snapshots.LabelSnapshotRef]
 	name := dataName(parent, target)
 	exists := fmt.Errorf("nydus data layer %s: %w", target, errdefs.ErrAlreadyExists)
-	if _, err := s.Stat(ctx, name); err == nil {
+	if _, _, err := s.info(ctx, name); err == nil {
 		return exists
 	} else if !errdefs.IsNotFound(err) {
 		return fmt.Errorf("prepare nydus data layer %s: %w", target, err)
@@ -318,22 +318,18 @@ func (s *Snapshotter) admit(ctx context.Context, id, key string, info snapshots.
 // onlyBootstrap refuses a second bootstrap in one image: the files that are in the
 // lower one alone would silently be missing.
 func (s *Snapshotter) onlyBootstrap(ctx context.Context, key string) error {
-	var snap storage.Snapshot
-	err := s.store.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
-		snap, err = storage.GetSnapshot(ctx, key)
-		return err
-	})
+	parents, err := s.parents(ctx, key)
 	if err != nil {
 		return err
 	}
-	for i, id := range snap.ParentIDs {
+	for i, id := range parents {
 		r, err := readRecord(s.dir(id))
 		if err != nil {
 			return err
 		}
 		if r != nil && r.Kind == kindBootstrap {
 			return fmt.Errorf("layer %d of %d is another nydus bootstrap, and an image has one: the last layer, made of all others",
-				len(snap.ParentIDs)-i, len(snap.ParentIDs)+1)
+				len(parents)-i, len(parents)+1)
 		}
 	}
 	return nil
@@ -355,6 +351,16 @@ func (s *Snapshotter) info(ctx context.Context, key string) (id string, info sna
 		return err
 	})
 	return id, info, err
+}
+
+// parents returns the ids of the layers below a snapshot, uppermost first.
+func (s *Snapshotter) parents(ctx context.Context, key string) (ids []string, err error) {
+	err = s.store.WithTransaction(ctx, false, func(ctx context.Context) error {
+		snap, err := storage.GetSnapshot(ctx, key)
+		ids = snap.ParentIDs
+		return err
+	})
+	return ids, err
 }
 
 // dir is a snapshot's directory.

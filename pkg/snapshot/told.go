@@ -2,6 +2,7 @@ package snapshot
 
 import (
 	"context"
+	"math/bits"
 	"sync"
 	"time"
 
@@ -17,12 +18,8 @@ import (
 // of no other use: it has no content of its own, nobody mounts it, and whether it can be a
 // parent is read from the database, as Walk does, by which containerd finds it.
 func (s *Snapshotter) Stat(ctx context.Context, key string) (snapshots.Info, error) {
-	info, err := s.Snapshotter.Stat(ctx, key)
+	id, info, err := s.info(ctx, key)
 	if err != nil || s.o.Blobs == nil || info.Kind != snapshots.KindCommitted || info.Labels[labelData] != "true" {
-		return info, err
-	}
-	id, _, err := s.info(ctx, key)
-	if err != nil {
 		return info, err
 	}
 	if s.told.due(id, s.now()) {
@@ -58,14 +55,15 @@ type told struct {
 // tale is what it was told about one.
 type tale struct {
 	usage int64
-	// asked says that usage is known; until then stats counts how often it could have been
-	// asked for.
-	asked bool
-	stats int
-	view  bool // the kind that it is told
-	stale bool // usage is no longer true
-	next  time.Time
-	delay time.Duration
+	asked bool // usage was told
+	stale bool // and is no longer true
+	view  bool // the kind that was told last
+	// settled is the kind with which usage was told, looks how often one was told since
+	// it is not true.
+	settled bool
+	looks   uint64
+	next    time.Time
+	delay   time.Duration
 }
 
 func (t *told) get(id string) *tale {
@@ -83,7 +81,7 @@ func (t *told) usage(id string, n int64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	o := t.get(id)
-	if o.view, o.stale = o.shown(), false; o.usage != n {
+	if o.settled, o.stale = o.view, false; o.usage != n {
 		o.next, o.delay = time.Time{}, 0
 	}
 	o.usage, o.asked = n, true
@@ -103,34 +101,29 @@ func (t *told) compare(id string, n int64, now time.Time) {
 	defer t.mu.Unlock()
 	o := t.get(id)
 	if o.asked && n != o.usage {
-		o.stale = true
+		o.stale, o.looks = true, 1 // with another kind at once
 		return
 	}
 	o.delay = min(max(2*o.delay, firstLook), lastLook)
 	o.next = now.Add(o.delay)
 }
 
-// kind is what it is told now.
+// kind is what it is told now. What an earlier process told is not known, and others than CRI
+// look, too. So until somebody asks the kinds follow the Thue-Morse sequence: of the first two
+// one is another, and who sees but each n-th of them, whatever n is, never sees one kind only
+// (Gelfond 1968), as it would if they took turns.
 func (t *told) kind(id string) snapshots.Kind {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	o := t.get(id)
-	if !o.asked {
-		o.stats++
+	if !o.asked || o.stale {
+		o.view = o.settled != (bits.OnesCount64(o.looks)%2 == 1)
+		o.looks++
 	}
-	if o.shown() {
+	if o.view {
 		return snapshots.KindView
 	}
 	return snapshots.KindCommitted
-}
-
-// shown tells whether it is shown as a view. What an earlier process told is not known: one
-// of the first two kinds is another.
-func (o *tale) shown() bool {
-	if !o.asked {
-		return o.stats > 1
-	}
-	return o.view != o.stale
 }
 
 func (t *told) forget(id string) {

@@ -3,6 +3,8 @@ package snapshot
 import (
 	"context"
 	"errors"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -108,5 +110,24 @@ func TestImages(t *testing.T) {
 	must(t, writeRecord(filepath.Join(n.root, "snapshots", filepath.Base(list[0].Dir())), record{Kind: "new"}))
 	if list, err := Images(n.root); err == nil || len(list) > 0 {
 		t.Errorf("with a broken record: %v, %v", list, err)
+	}
+}
+
+// Only of a layer that is gone it is said that it does not exist: who looks for what needs a
+// blob passes over those.
+func TestImageWithoutItsBootstrap(t *testing.T) {
+	n := newNode(t)
+	n.pull(n.data(), n.bootstrap("v6-merged"))
+	list, err := Images(n.root)
+	if err != nil || len(list) != 1 {
+		t.Fatalf("%v, %v", list, err)
+	}
+	must(t, os.RemoveAll(filepath.Join(list[0].Dir(), "fs")))
+	if _, err := list[0].Open(); err == nil || errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), list[0].Dir()) {
+		t.Errorf("without its bootstrap: %v", err)
+	}
+	must(t, os.RemoveAll(list[0].Dir()))
+	if _, err := list[0].Open(); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("without its layer: %v", err)
 	}
 }
