@@ -235,13 +235,7 @@ func (v *verifying) blob(ctx context.Context, b *cached, t *rafs.ChunkTable, ver
 }
 
 func openData(b *cached) (*os.File, error) {
-	path := filepath.Join(b.dir.path, proof.DataName(b.id))
-	// To verify is not to use.
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOATIME, 0)
-	if errors.Is(err, unix.EPERM) {
-		return os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	}
-	return f, err
+	return proof.OpenQuiet(filepath.Join(b.dir.path, proof.DataName(b.id)))
 }
 
 // chunks compares those that are there and were not compared for another image.

@@ -183,22 +183,8 @@ func header() []byte {
 	return head
 }
 
-// open opens a regular file. To look at it is not to use it.
-func open(path string) (*os.File, error) {
-	f, err := proof.OpenRegular(path)
-	if err != nil {
-		return nil, err
-	}
-	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
-	if err == nil {
-		// Only its owner may, for whom it is a nicety.
-		_, _ = unix.FcntlInt(f.Fd(), unix.F_SETFL, flags|unix.O_NOATIME)
-	}
-	return f, nil
-}
-
 func read(path string, most int64) ([]byte, error) {
-	f, err := open(path)
+	f, err := proof.OpenQuiet(path)
 	if err != nil {
 		return nil, err
 	}

@@ -122,7 +122,7 @@ func (b *blob) limit(name string, r *record, proven bool, out *Report) (changed 
 
 // right tells whether metadata is what it was when it was synced.
 func (b *blob) right(name string, vouched []file) bool {
-	f, err := open(b.path(name))
+	f, err := proof.OpenQuiet(b.path(name))
 	if err != nil {
 		return false
 	}

@@ -9,8 +9,9 @@
 //     chunk, or a mark of completeness over missing bits.
 //   - It changes and locks nothing. nydusd sets bits through a mapping of the file while
 //     this reads it; a bit never goes back, so what was read is a lower bound.
-//   - Only the standard library and golang.org/x/sys are linked, so the mount path stays
-//     light.
+//   - To read a map is not to use the blob: the file's time of access stays.
+//   - Only the standard library, golang.org/x/sys and what package proof needs are linked,
+//     so the mount path stays light.
 //
 // What a map says is nydusd's claim, not a proof: nydusd sets a bit after it wrote the
 // data but syncs neither, so that after a power cut bits may stand over holes. Do not use
@@ -36,12 +37,13 @@ import (
 	"io"
 	"io/fs"
 	"math/bits"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 )
 
 // MaxChunks is the most chunks that a blob may have: as many as pkg/rafs and nydusd allow.
@@ -112,21 +114,19 @@ func read(path string, chunks uint32) (*Map, error) {
 	if chunks == 0 || chunks > MaxChunks {
 		return nil, fmt.Errorf("%w: no blob has %d chunks", ErrInvalid, chunks)
 	}
-	// Not blocking: something else than a file may lie there.
-	f, err := os.OpenFile(filepath.Clean(path), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if errors.Is(err, unix.ELOOP) {
+	f, err := proof.OpenQuiet(path)
+	switch {
+	case errors.Is(err, unix.ELOOP):
 		return nil, fmt.Errorf("%w: it is a symbolic link", ErrInvalid)
-	}
-	if err != nil {
+	case errors.Is(err, proof.ErrNotRegular):
+		return nil, fmt.Errorf("%w: it is no regular file", ErrInvalid)
+	case err != nil:
 		return nil, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
 		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%w: it is no regular file", ErrInvalid)
 	}
 	if size := info.Size(); size != 0 && size != fileSize(chunks) {
 		return nil, wrongSize(size, chunks)

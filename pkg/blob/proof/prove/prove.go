@@ -302,7 +302,7 @@ func (p *Prover) blob(ctx context.Context, cacheDir string, t *rafs.ChunkTable) 
 	if t.Opaque > 0 {
 		return none, fmt.Errorf("%w: the bootstrap has no digests for %d of its chunks", proof.ErrNotProven, t.Opaque)
 	}
-	f, err := proof.OpenRegular(filepath.Join(cacheDir, proof.DataName(t.Blob.ID)))
+	f, err := proof.OpenQuiet(filepath.Join(cacheDir, proof.DataName(t.Blob.ID)))
 	if err != nil {
 		return none, fmt.Errorf("%w: %w", ErrIncomplete, err)
 	}

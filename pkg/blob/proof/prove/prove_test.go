@@ -74,6 +74,29 @@ func TestProve(t *testing.T) {
 	}
 }
 
+// TestProveIsNoUse: what is looked at and compared is not used by that, so that what was
+// used last is known.
+func TestProveIsNoUse(t *testing.T) {
+	im := prooftest.New(t, testdata, "v6-merged", t.TempDir())
+	files, err := filepath.Glob(filepath.Join(im.CacheDir, "*"))
+	must(t, err)
+	if len(files) < 2 {
+		t.Fatalf("there is %v", files)
+	}
+	long := time.Unix(1000000000, 0)
+	for _, path := range files {
+		must(t, os.Chtimes(path, long, time.Time{}))
+	}
+	must(t, prove(t, im))
+	for _, path := range files {
+		var st unix.Stat_t
+		must(t, unix.Stat(path, &st))
+		if at := time.Unix(st.Atim.Unix()); !at.Equal(long) {
+			t.Errorf("%s was used at %s", path, at)
+		}
+	}
+}
+
 // damage is something that makes a blob unusable.
 type damage struct {
 	name string
