@@ -35,7 +35,7 @@ func TestClaim(t *testing.T) {
 func TestClaimAtOnce(t *testing.T) {
 	for range 50 {
 		dir := t.TempDir()
-		must(t, os.WriteFile(filepath.Join(dir, ".new-left-by-a-killed-one"), nil, 0o600))
+		must(t, os.WriteFile(filepath.Join(dir, ".new-origin.json-left-by-a-killed-one"), nil, 0o600))
 		errs := make([]error, 16)
 		var wg sync.WaitGroup
 		start := make(chan struct{})
