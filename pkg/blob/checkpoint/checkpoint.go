@@ -26,7 +26,7 @@ const (
 	// Suffix ends the names of checkpoints, behind that of the map.
 	Suffix = ".synced"
 	// temporary begins the names of files that are being written; what a killed writer
-	// left of them is removed by whoever sweeps or claims the directory next.
+	// left of them is removed by a later Take, see tidy.
 	temporary = ".new-"
 	version   = 1
 	idSize    = 64
@@ -227,20 +227,20 @@ func (f file) same(other file) bool { return f.Inode == other.Inode && f.Size ==
 // write replaces a file in the directory, so that it is on the disk as either the old or
 // the new one.
 func (b *blob) write(name string, text []byte) (err error) {
-	f, err := os.CreateTemp(b.dir, temporary+"*")
+	f, err := proof.NewDraft(b.path(name), temporary)
 	if err != nil {
 		return err
 	}
 	defer func() {
 		if err != nil {
-			os.Remove(f.Name())
+			err = errors.Join(err, f.Discard())
 		}
 	}()
 	_, err = f.Write(text)
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	return os.Rename(f.Name(), b.path(name))
+	return f.Place()
 }
 
 func remove(path string) error {

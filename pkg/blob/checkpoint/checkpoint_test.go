@@ -350,6 +350,26 @@ func TestTakeFails(t *testing.T) {
 	}
 }
 
+// TestTakeFailsAlike: what fails each time in the same way says the same, or it would be told
+// each time.
+func TestTakeFailsAlike(t *testing.T) {
+	b := newBed(t, chunkmap.Names(id)[0])
+	b.set(1)
+	must(t, os.Mkdir(b.path(b.name+Suffix), 0o700))
+	said := ""
+	for range 2 {
+		_, err := Take(t.Context(), b.dir, time.Now(), func() (func(), error) { return func() {}, nil })
+		if err == nil || !strings.Contains(err.Error(), b.path(b.name+Suffix)) || said != "" && err.Error() != said {
+			t.Fatalf("%v, want it as before, with the file's name: %s", err, said)
+		}
+		said = err.Error()
+	}
+	left, err := filepath.Glob(b.path(temporary + "*"))
+	if must(t, err); len(left) > 0 {
+		t.Errorf("left are %v", left)
+	}
+}
+
 // TestDistrust: what was fetched since the last checkpoint is not believed.
 func TestDistrust(t *testing.T) {
 	each(t, func(b *bed) {

@@ -404,14 +404,13 @@ func (p *Prover) write(cacheDir string, rec proof.Record) (err error) {
 		return err
 	}
 	p.step("create proof")
-	path := proof.Path(cacheDir, rec.Bootstrap)
-	f, err := os.CreateTemp(cacheDir, proof.Temporary+"*")
+	f, err := proof.NewDraft(proof.Path(cacheDir, rec.Bootstrap), proof.Temporary)
 	if err != nil {
 		return fmt.Errorf("write proof: %w", err)
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("write proof: %w", err), os.Remove(f.Name()))
+			err = errors.Join(fmt.Errorf("write proof: %w", err), f.Discard())
 		}
 	}()
 	p.step("write proof")
@@ -421,14 +420,11 @@ func (p *Prover) write(cacheDir string, rec proof.Record) (err error) {
 		return err
 	}
 	p.step("rename proof")
-	if err = os.Rename(f.Name(), path); err != nil {
+	if err = f.Place(); err != nil {
 		return err
 	}
 	p.step("sync directory")
-	if err := syncDir(cacheDir); err != nil {
-		return fmt.Errorf("write proof: %w", err)
-	}
-	return nil
+	return syncDir(cacheDir)
 }
 
 func syncDir(path string) error {
