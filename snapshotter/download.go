@@ -27,25 +27,25 @@ const (
 )
 
 // newDownload is downloadImages for serve.
-func newDownload(cfg config.Config, key mountspec.Key, nydusd nydusdOf, logins registry.Keychain, cache *blob.Cache) func(context.Context) error {
+func newDownload(cfg config.Config, key mountspec.Key, nydusd nydusdOf, logins registry.Keychain, cache *blob.Cache, prover prove.Prover) func(context.Context) error {
 	return func(ctx context.Context) error {
 		with, err := newBackends(cfg, key, logins)
 		if err != nil {
 			return err
 		}
 		with.shared = false // what fetches has a nydusd of its own
-		return downloadImages(cfg, nydusd, with, cache)(ctx)
+		return downloadImages(cfg, nydusd, with, cache, prover)(ctx)
 	}
 }
 
 // downloadImages completes images in the background, as [cache] download or their labels
 // say.
-func downloadImages(cfg config.Config, nydusd nydusdOf, with backends, cache *blob.Cache) func(context.Context) error {
+func downloadImages(cfg config.Config, nydusd nydusdOf, with backends, cache *blob.Cache, prover prove.Prover) func(context.Context) error {
 	rate := int64(cfg.Cache.DownloadRate)
 	d := &daemons{cfg: cfg, nydusd: nydusd, backends: with.prefetch(downloadThreads, rate), purpose: "download"}
 	completer := fetch.Completer{
 		Fetcher: fetch.Fetcher{Rate: rate, Poll: downloadPoll},
-		Prover:  prove.Prover{Rate: prove.NewRate(proveRate)},
+		Prover:  prover,
 	}
 	b := &fetch.Background{
 		Images:  func() ([]fetch.Candidate, error) { return candidates(cfg) },

@@ -28,11 +28,17 @@ import (
 // done once for each image, beside the containers' own reads.
 const proveRate = 64 << 20
 
+// newProver is for all who prove in the background: together they read no faster, and what
+// one compares the others do not.
+func newProver() prove.Prover {
+	return prove.Prover{Rate: prove.NewRate(proveRate), Turn: prove.NewTurn()}
+}
+
 // relist is how often the pulled images are listed that nobody said anything about.
 const relist = 5 * time.Minute
 
 // proveImages finds images that are complete, so that their next start needs no daemon.
-func proveImages(cfg config.Config, pulled *pulled) func(context.Context) error {
+func proveImages(cfg config.Config, pulled *pulled, prover prove.Prover) func(context.Context) error {
 	b := prove.Background{
 		Root: cfg.Root,
 		Images: func(ctx context.Context) ([]prove.Image, error) {
@@ -42,7 +48,7 @@ func proveImages(cfg config.Config, pulled *pulled) func(context.Context) error 
 			others, failed := pulled.images(ctx)
 			return append(running, others...), errors.Join(err, failed)
 		},
-		Prover: prove.Prover{Rate: prove.NewRate(proveRate)},
+		Prover: prover,
 		Log:    slog.Default(),
 	}
 	return func(ctx context.Context) error {

@@ -130,6 +130,9 @@ type Prover struct {
 	// Rate bounds how many bytes a second are read; nil for no bound. Its burst is at
 	// least rafs.MaxChunkSize.
 	Rate *rate.Limiter
+	// Turn, when set, is shared with other provers: only one of them works at a time, and
+	// none compares what another one has just proven.
+	Turn Turn
 	// Progress, when set, is told how many bytes of how many were compared.
 	Progress func(done, total int64)
 	// Again compares also what is proven already. What is wrong loses its proofs.
@@ -140,12 +143,31 @@ type Prover struct {
 	// tests that end there.
 	Step func(name string)
 
-	compared, all int64 // bytes, of one image
+	compared, total int64 // bytes, of one image
 }
 
 // NewRate is a bound of so many bytes a second for Prover.
 func NewRate(bytesPerSecond int) *rate.Limiter {
 	return rate.NewLimiter(rate.Limit(bytesPerSecond), max(bytesPerSecond, rafs.MaxChunkSize))
+}
+
+// Turn lets one prover of several work.
+type Turn chan struct{}
+
+// NewTurn returns one that nobody has.
+func NewTurn() Turn { return make(Turn, 1) }
+
+// take waits for it. A nil one anybody has.
+func (t Turn) take(ctx context.Context) (release func(), err error) {
+	if t == nil {
+		return func() {}, nil
+	}
+	select {
+	case t <- struct{}{}:
+		return func() { <-t }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }
 
 func (p *Prover) step(name string) {
@@ -187,19 +209,30 @@ func (p *Prover) prove(ctx context.Context, im Image, known func(*rafs.Bootstrap
 	if known != nil {
 		known(b)
 	}
+	release, err := p.Turn.take(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer release()
 	if !p.Again && Valid(cacheDir, digest, b) {
 		return false, nil
 	}
+	return p.all(ctx, &im, b, io.NewSectionReader(f, 0, size))
+}
+
+// all compares all blobs of an image, with the bootstrap b that f is, and writes the proof.
+func (p *Prover) all(ctx context.Context, im *Image, b *rafs.Bootstrap, f *io.SectionReader) (done bool, err error) {
+	cacheDir, digest := im.CacheDir, im.Digest
 	if err := proof.Suitable(b); err != nil {
 		return false, err
 	}
 	if err := present(cacheDir, b); err != nil {
 		return false, err
 	}
-	if err := checkDigest(io.NewSectionReader(f, 0, size), digest); err != nil {
+	if err := checkDigest(f, digest); err != nil {
 		return false, err
 	}
-	tables, err := rafs.Chunks(f, size, maxChunks)
+	tables, err := rafs.Chunks(f, f.Size(), maxChunks)
 	if err != nil {
 		return false, err
 	}
@@ -269,10 +302,10 @@ func present(cacheDir string, b *rafs.Bootstrap) error {
 
 // begin learns how much there is to compare.
 func (p *Prover) begin(tables []rafs.ChunkTable) {
-	p.compared, p.all = 0, 0
+	p.compared, p.total = 0, 0
 	for i := range tables {
 		for n := range tables[i].Len() {
-			p.all += int64(tables[i].At(n).RawSize)
+			p.total += int64(tables[i].At(n).RawSize)
 		}
 	}
 }
@@ -281,7 +314,7 @@ func (p *Prover) begin(tables []rafs.ChunkTable) {
 func (p *Prover) advance(bytes uint32) {
 	p.compared += int64(bytes)
 	if p.Progress != nil {
-		p.Progress(p.compared, p.all)
+		p.Progress(p.compared, p.total)
 	}
 }
 

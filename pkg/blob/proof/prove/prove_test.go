@@ -97,6 +97,33 @@ func TestProveIsNoUse(t *testing.T) {
 	}
 }
 
+// TestTurn: of two provers one waits, and then finds that there is nothing to do.
+func TestTurn(t *testing.T) {
+	im := prooftest.New(t, testdata, "v6-merged", t.TempDir())
+	turn := NewTurn()
+	worked := 0
+	other := Prover{Now: prooftest.Later, Turn: turn, Step: func(string) { worked++ }}
+	one := Prover{Now: prooftest.Later, Turn: turn, Step: func(name string) {
+		if name != "compare" {
+			return
+		}
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := other.Prove(ended, im.CacheDir, im.Bootstrap, im.Digest); !errors.Is(err, context.Canceled) {
+			t.Errorf("it did not wait: %v", err)
+		}
+	}}
+	if done, err := one.Prove(t.Context(), im.CacheDir, im.Bootstrap, im.Digest); !done || err != nil {
+		t.Fatalf("%t, %v", done, err)
+	}
+	if done, err := other.Prove(t.Context(), im.CacheDir, im.Bootstrap, im.Digest); done || err != nil {
+		t.Errorf("what was proven meanwhile: %t, %v", done, err)
+	}
+	if worked > 0 {
+		t.Errorf("it took %d steps of its own", worked)
+	}
+}
+
 // damage is something that makes a blob unusable.
 type damage struct {
 	name string
