@@ -27,20 +27,20 @@ const (
 )
 
 // newDownload is downloadImages for serve.
-func newDownload(cfg config.Config, key mountspec.Key, nydusd nydusdOf, logins registry.Keychain, cache *blob.Cache, prover prove.Prover) func(context.Context) error {
+func newDownload(cfg config.Config, key mountspec.Key, nydusd nydusdOf, logins registry.Keychain, cache *blob.Cache, pulled *pulled, prover prove.Prover) func(context.Context) error {
 	return func(ctx context.Context) error {
 		with, err := newBackends(cfg, key, logins)
 		if err != nil {
 			return err
 		}
 		with.shared = false // what fetches has a nydusd of its own
-		return downloadImages(cfg, nydusd, with, cache, prover)(ctx)
+		return downloadImages(cfg, nydusd, with, cache, pulled, prover)(ctx)
 	}
 }
 
 // downloadImages completes images in the background, as [cache] download or their labels
 // say.
-func downloadImages(cfg config.Config, nydusd nydusdOf, with backends, cache *blob.Cache, prover prove.Prover) func(context.Context) error {
+func downloadImages(cfg config.Config, nydusd nydusdOf, with backends, cache *blob.Cache, pulled *pulled, prover prove.Prover) func(context.Context) error {
 	rate := int64(cfg.Cache.DownloadRate)
 	d := &daemons{cfg: cfg, nydusd: nydusd, backends: with.prefetch(downloadThreads, rate), purpose: "download"}
 	completer := fetch.Completer{
@@ -48,11 +48,11 @@ func downloadImages(cfg config.Config, nydusd nydusdOf, with backends, cache *bl
 		Prover:  prover,
 	}
 	b := &fetch.Background{
-		Images:  func() ([]fetch.Candidate, error) { return candidates(cfg) },
+		Images:  func() ([]fetch.Candidate, error) { return candidates(pulled, fetch.Policy(cfg.Cache.Download)) },
 		Servers: func() ([]fetch.Server, error) { return servers(cfg.RunDir) },
 		Room:    cache.Room,
 		Complete: func(ctx context.Context, c fetch.Candidate) (fetch.Result, error) {
-			im, err := pulledAs(cfg, c)
+			im, err := pulled.find(c.Image)
 			if err != nil {
 				return fetch.Result{}, err
 			}
@@ -69,11 +69,11 @@ func downloadImages(cfg config.Config, nydusd nydusdOf, with backends, cache *bl
 }
 
 // candidates lists the images that may be completed, with what is wanted of each.
-func candidates(cfg config.Config) ([]fetch.Candidate, error) {
-	all, err := pulledImages(cfg)
+func candidates(pulled *pulled, policy fetch.Policy) ([]fetch.Candidate, error) {
+	all, err := pulled.images()
 	var list []fetch.Candidate
 	for _, im := range all {
-		c := fetch.Candidate{Image: im.Image, Instance: im.instance, Policy: fetch.Policy(cfg.Cache.Download)}
+		c := fetch.Candidate{Image: im.Image, Instance: im.instance, Policy: policy}
 		if im.download != "" {
 			c.Policy = fetch.Policy(im.download)
 		}
@@ -82,17 +82,6 @@ func candidates(cfg config.Config) ([]fetch.Candidate, error) {
 		}
 	}
 	return list, err
-}
-
-// pulledAs finds a candidate again.
-func pulledAs(cfg config.Config, c fetch.Candidate) (pulledImage, error) {
-	all, err := pulledImages(cfg)
-	for _, im := range all {
-		if im.Image == c.Image {
-			return im, nil
-		}
-	}
-	return pulledImage{}, errors.Join(errors.New("the image is not there any more"), err)
 }
 
 // servers lists the daemons that serve containers.

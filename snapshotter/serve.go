@@ -120,10 +120,10 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	defer func() { err = errors.Join(err, listener.remove()) }()
 
 	server := grpc.NewServer()
-	pulled := &pulled{root: cfg.Root, place: cache.Place, now: time.Now}
+	pulled := &pulled{read: func() ([]pulledImage, error) { return pulledImages(cfg) }, now: time.Now}
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sweeping{sn, cache, pulled}))
 	prover := newProver()
-	stop, err := startBackground(ctx, cfg, cache, proveImages(cfg, pulled, prover), newDownload(cfg, key, nydusd, logins, cache, prover))
+	stop, err := startBackground(ctx, cfg, cache, proveImages(cfg, pulled, prover), newDownload(cfg, key, nydusd, logins, cache, pulled, prover))
 	if err != nil {
 		return err
 	}

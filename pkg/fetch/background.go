@@ -57,6 +57,7 @@ type Background struct {
 	listed time.Time
 	list   []Candidate
 	later  map[string]later
+	told   string // what was told last that could not be listed
 	// running is what is being completed, nil for nothing.
 	running *running
 }
@@ -183,10 +184,14 @@ func (b *Background) step(ctx context.Context) time.Duration {
 // refresh lists the candidates.
 func (b *Background) refresh(now time.Time) {
 	all, err := b.Images()
+	fault := ""
 	if err != nil {
+		fault = err.Error()
+	}
+	if fault != "" && fault != b.told {
 		b.Log.Warn("list images to complete", "error", err)
 	}
-	b.listed = now
+	b.told, b.listed = fault, now
 	b.list = slices.DeleteFunc(all, func(c Candidate) bool { return c.Policy != Idle && c.Policy != Always })
 	known := make(map[string]later, len(b.list))
 	for i := range b.list {

@@ -264,3 +264,24 @@ func TestBackgroundRun(t *testing.T) {
 		t.Error("something goes on")
 	}
 }
+
+// TestBackgroundTellsOnce lists again and again what cannot be read.
+func TestBackgroundTellsOnce(t *testing.T) {
+	w := newWatched(t, named(candidate(t, Always, 0), "a"))
+	fault := errors.New("a layer is broken")
+	list := w.Images
+	w.Images = func() ([]Candidate, error) { all, _ := list(); return all, fault }
+	w.after(0)
+	w.wants("a")
+	w.after(time.Hour)
+	if n := strings.Count(w.log.String(), "a layer is broken"); n != 1 {
+		t.Errorf("it is told %d times: %s", n, &w.log)
+	}
+	fault = nil
+	w.after(time.Hour)
+	fault = errors.New("a layer is broken")
+	w.after(time.Hour)
+	if n := strings.Count(w.log.String(), "a layer is broken"); n != 2 {
+		t.Errorf("after it was mended it is told %d times: %s", n, &w.log)
+	}
+}

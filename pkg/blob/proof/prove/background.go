@@ -48,6 +48,7 @@ type Background struct {
 	Log    *slog.Logger
 
 	seen map[string]*sight
+	told string // what was told last that could not be listed
 }
 
 // sight is what was seen of an image when it was last looked at.
@@ -101,9 +102,14 @@ func (b *Background) pass(ctx context.Context) {
 	if ctx.Err() != nil {
 		return
 	}
+	fault := ""
 	if err != nil {
+		fault = err.Error()
+	}
+	if fault != "" && fault != b.told {
 		b.Log.Error("look for images that are complete", "error", err)
 	}
+	b.told = fault
 	known := make(map[string]*sight, len(images))
 	for i := range images {
 		key := proof.Path(images[i].CacheDir, images[i].Digest)
