@@ -13,6 +13,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof/prooftest"
 )
 
 func TestClaim(t *testing.T) {
@@ -124,7 +126,7 @@ func TestOpenBootstrap(t *testing.T) {
 	must(t, unix.Mkfifo(root+"/fifo", 0o600))
 	f, err := openBootstrap(Spec{Root: root, Bootstrap: root + "/fifo"})
 	must(t, err)
-	if err := checkBootstrap(f); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+	if _, err := checkBootstrap(f); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("a FIFO: %v", err)
 	}
 	must(t, f.Close())
@@ -142,6 +144,52 @@ func TestCheckDigest(t *testing.T) {
 	err = checkDigest(f, Spec{Bootstrap: path, BootstrapDigest: "sha256:0"})
 	if err == nil || !strings.Contains(err.Error(), right) || !strings.Contains(err.Error(), "expected sha256:0") {
 		t.Errorf("of another file: %v", err)
+	}
+}
+
+// TestBootstrapOnce: a start that tries another way does not read the file again.
+func TestBootstrapOnce(t *testing.T) {
+	dir := t.TempDir()
+	im := prooftest.New(t, "../blobcheck/testdata", "v6-merged", dir)
+	s := Spec{Root: dir, Bootstrap: im.Bootstrap, BootstrapDigest: im.Digest}
+	var b bootstrap
+	defer b.close()
+	must(t, b.link(s, dir+"/one"))
+	must(t, b.check(t.Context()))
+	if len(b.head.Blobs) != len(im.Head.Blobs) {
+		t.Errorf("it has %d blobs, want %d", len(b.head.Blobs), len(im.Head.Blobs))
+	}
+	must(t, os.Remove(dir+"/one"))
+	must(t, os.WriteFile(im.Bootstrap, []byte("something else"), 0o600))
+	must(t, b.link(s, dir+"/two"))
+	must(t, b.check(t.Context()))
+	one, err := os.Stat(im.Bootstrap)
+	must(t, err)
+	two, err := os.Stat(dir + "/two")
+	must(t, err)
+	if !os.SameFile(one, two) {
+		t.Error("the second link is another file")
+	}
+	// Another start looks anew.
+	var other bootstrap
+	defer other.close()
+	if err := other.link(s, dir+"/three"); err == nil {
+		t.Error("the next start did not look at the file")
+	}
+}
+
+// TestBootstrapDigest tells of a wrong digest each time.
+func TestBootstrapDigest(t *testing.T) {
+	dir := t.TempDir()
+	im := prooftest.New(t, "../blobcheck/testdata", "v6-merged", dir)
+	s := Spec{Root: dir, Bootstrap: im.Bootstrap, BootstrapDigest: "sha256:0"}
+	var b bootstrap
+	defer b.close()
+	for range 2 {
+		must(t, b.link(s, dir+"/link"))
+		if err := b.check(t.Context()); err == nil || !strings.Contains(err.Error(), im.Digest) {
+			t.Errorf("%v", err)
+		}
 	}
 }
 

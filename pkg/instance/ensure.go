@@ -221,8 +221,10 @@ func (i *Instance) start(ctx context.Context, s Spec) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.Daemon.StartTimeout, fmt.Errorf("not within %s", s.Daemon.StartTimeout))
 	defer cancel()
 	i.describe(s)
+	boot := &bootstrap{}
+	defer boot.close()
 	if s.Driver == mountspec.DriverAuto || s.Driver == mountspec.DriverEROFS {
-		err := i.daemonless(ctx, s)
+		err := i.daemonless(ctx, s, boot)
 		if err != nil && s.IDMapped {
 			return unmappable(err)
 		}
@@ -235,9 +237,9 @@ func (i *Instance) start(ctx context.Context, s Spec) error {
 		return unmappable(fmt.Errorf("driver %q wants a nydusd", s.Driver))
 	}
 	if s.shared() {
-		return i.board(ctx, s)
+		return i.board(ctx, s, boot)
 	}
-	l := &launch{spec: s, inst: i}
+	l := &launch{spec: s, inst: i, boot: boot}
 	return l.bringUp(ctx)
 }
 

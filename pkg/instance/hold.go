@@ -94,7 +94,9 @@ func (h *Hold) begin(ctx context.Context, s Spec, files map[string]string) error
 		return err
 	}
 	h.from = sizeOf(h.log)
-	l := &launch{spec: s, inst: h.inst}
+	boot := &bootstrap{}
+	defer boot.close()
+	l := &launch{spec: s, inst: h.inst, boot: boot}
 	if err := l.bringUp(ctx); err != nil {
 		return err
 	}

@@ -29,10 +29,7 @@ const (
 // reserve makes room for what nydusd maps of an image's blobs, without changing the size
 // of any file: one that is empty is still one that nydusd is to make.
 func (l *launch) reserve(cacheDir string) error {
-	head, err := readHead(l.disk.bootstrap())
-	if err != nil {
-		return err
-	}
+	head := l.boot.head
 	left := int64(maxReserve)
 	for i := range head.Blobs {
 		for name, size := range mappedFiles(&head.Blobs[i], cacheDir != l.spec.CacheDir) {
