@@ -331,11 +331,11 @@ func (v *verifying) advance(o *verdict) {
 	}
 }
 
-// disprove takes the proofs of images away that have a blob which is wrong, also when it
-// stays: a disk that returns other bytes than before leaves the times alone which a proof
-// tells.
+// disprove takes the proofs of images away that have a blob which is wrong and stays: a disk
+// that returns other bytes than before leaves the times alone which a proof tells. They go with
+// one that is removed.
 func disprove(o *verdict) error {
-	if o.b.dir.lock != "" {
+	if o.Evicted || o.b.dir.lock != "" {
 		return nil // none is in a private directory
 	}
 	return proof.Remove(o.b.dir.path, o.ID)

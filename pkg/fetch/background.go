@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"sync"
 	"time"
 )
 
@@ -208,10 +209,11 @@ func (b *Background) begin(ctx context.Context, now time.Time, servers []Server)
 	for _, s := range servers {
 		mounted[s.Instance] = true
 	}
+	room := sync.OnceValues(b.Room) // it may have to look at all of the cache
 	for _, first := range []bool{true, false} {
 		for i := range b.list {
 			c := b.list[i]
-			if mounted[c.Instance] != first || now.Before(b.later[c.key()].at) || !b.wanted(now, c) {
+			if mounted[c.Instance] != first || now.Before(b.later[c.key()].at) || !b.wanted(now, c, room) {
 				continue
 			}
 			b.start(ctx, now, c)
@@ -222,7 +224,7 @@ func (b *Background) begin(ctx context.Context, now time.Time, servers []Server)
 
 // wanted tells whether an image is to be completed now; otherwise it is noted when to ask
 // again.
-func (b *Background) wanted(now time.Time, c Candidate) bool {
+func (b *Background) wanted(now time.Time, c Candidate, room func() (int64, error)) bool {
 	put := func(after time.Duration, why string) bool {
 		l := b.later[c.key()]
 		if why != "" && why != l.why {
@@ -248,12 +250,12 @@ func (b *Background) wanted(now time.Time, c Candidate) bool {
 	if need == 0 {
 		return true // to be proven
 	}
-	room, err := b.Room()
+	left, err := room()
 	if err != nil {
 		b.fail(now, c, err)
 		return false
 	}
-	if need > room {
+	if need > left {
 		return put(firstRetry, "there is no room for it in the cache")
 	}
 	return true

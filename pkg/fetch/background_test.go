@@ -197,14 +197,19 @@ func TestBackgroundYields(t *testing.T) {
 func TestBackgroundRoom(t *testing.T) {
 	c := named(candidate(t, Always, 0), "big")
 	full := named(candidate(t, Always, many), "there")
-	w := newWatched(t, c, full)
+	w := newWatched(t, c, named(candidate(t, Always, 0), "big, too"), full)
+	asked, room := 0, w.Room
+	w.Room = func() (int64, error) { asked++; return room() }
 	w.room = -1
 	w.after(0)
 	w.wants("there") // which takes none
+	if asked != 1 {
+		t.Errorf("it is asked %d times at once how much room there is", asked)
+	}
 	w.ends(outcome{})
 	w.after(time.Minute)
 	w.wants("")
-	if strings.Count(w.log.String(), "no room") != 1 {
+	if strings.Count(w.log.String(), "no room") != 2 {
 		t.Errorf("log: %s", &w.log)
 	}
 	w.room = 1 << 40

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -81,8 +82,9 @@ type Report struct {
 type blob struct {
 	dir, id string
 	names   map[string]bool
-	// proofs are what proofs say about its data.
-	proofs []proof.File
+	// proofs reads what the proofs in the directory say about data, by blob; it does so once
+	// for all blobs, and only when somebody asks.
+	proofs func() map[string][]proof.File
 }
 
 // blobs lists those of a directory.
@@ -96,7 +98,8 @@ func blobs(dir string) ([]*blob, error) {
 	if err != nil {
 		return nil, err
 	}
-	proofs, byID := proofsIn(dir, names), map[string]*blob{}
+	byID := map[string]*blob{}
+	proofs := sync.OnceValue(func() map[string][]proof.File { return proofsIn(dir, names) })
 	var list []*blob
 	for _, name := range names {
 		if len(name) <= idSize || !rafs.IsID(name[:idSize]) || strings.HasSuffix(name, proof.Suffix) {
@@ -104,7 +107,7 @@ func blobs(dir string) ([]*blob, error) {
 		}
 		b := byID[name[:idSize]]
 		if b == nil {
-			b = &blob{dir: dir, id: name[:idSize], names: map[string]bool{}, proofs: proofs[name[:idSize]]}
+			b = &blob{dir: dir, id: name[:idSize], names: map[string]bool{}, proofs: proofs}
 			byID[b.id], list = b, append(list, b)
 		}
 		b.names[name] = true
@@ -141,7 +144,7 @@ func (b *blob) proven() bool {
 	}
 	defer f.Close()
 	now, err := proof.Stat(f)
-	return err == nil && slices.Contains(b.proofs, now)
+	return err == nil && slices.Contains(b.proofs()[b.id], now)
 }
 
 func (b *blob) path(name string) string { return filepath.Join(b.dir, name) }

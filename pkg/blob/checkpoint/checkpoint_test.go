@@ -298,6 +298,27 @@ func TestRestoreProven(t *testing.T) {
 	})
 }
 
+// TestProofsAreReadLate: to take a checkpoint nobody needs them.
+func TestProofsAreReadLate(t *testing.T) {
+	b := newBed(t, chunkmap.Names(id)[0])
+	b.set(all(chunks)...)
+	of := "sha256:" + strings.Repeat("ab", 32)
+	b.put(filepath.Base(proof.Path(b.dir, of)), []byte("no proof yet"))
+	list, err := blobs(b.dir)
+	must(t, err)
+	f, err := os.Open(b.path(id + ".blob.data"))
+	must(t, err)
+	defer f.Close()
+	now, err := proof.Stat(f)
+	must(t, err)
+	text, err := json.Marshal(proof.New(of, []proof.Blob{{ID: id, File: now}}))
+	must(t, err)
+	must(t, os.WriteFile(proof.Path(b.dir, of), text, 0o600))
+	if len(list) != 1 || !list[0].proven() {
+		t.Errorf("of %d blobs the proofs were read before anybody asked", len(list))
+	}
+}
+
 // TestTakeNothing: files that nydusd is making have nothing to keep.
 func TestTakeNothing(t *testing.T) {
 	each(t, func(b *bed) {
