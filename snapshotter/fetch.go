@@ -13,7 +13,6 @@ import (
 	"slices"
 	"sync"
 
-	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/fetch"
 	"github.com/nydusfs/nydus-snapshotter/pkg/health"
@@ -219,18 +218,9 @@ func (d *directory) find(ctx context.Context, id string) (string, error) {
 
 // blobIDs lists what the image's blobs are called, those of their metadata included.
 func blobIDs(bootstrap string) ([]string, error) {
-	f, err := proof.OpenRegular(bootstrap)
+	b, err := rafs.ReadFile(bootstrap)
 	if err != nil {
-		return nil, fmt.Errorf("open bootstrap: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("open bootstrap: %w", err)
-	}
-	b, err := rafs.Open(f, info.Size())
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", bootstrap, err)
+		return nil, err
 	}
 	var ids []string
 	for i := range b.Blobs {

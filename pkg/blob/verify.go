@@ -126,7 +126,7 @@ func distinct(all []*source) []*source {
 			list = append(list, s) // and tell then
 			continue
 		}
-		id, err := identify(f)
+		id, err := proof.Stat(f)
 		f.Close()
 		if n := (name{id, s.dir}); err != nil || !seen[n] {
 			seen[n] = true
@@ -169,15 +169,11 @@ func (s *source) tables() (tables []rafs.ChunkTable, version string, err error) 
 		return nil, "", err
 	}
 	defer f.Close()
-	id, err := identify(f)
+	boot, size, err := rafs.OpenFile(f)
 	if err != nil {
 		return nil, "", err
 	}
-	boot, err := rafs.Open(f, id.Size)
-	if err != nil {
-		return nil, "", err
-	}
-	tables, err = rafs.Chunks(f, id.Size, maxChunks)
+	tables, err = rafs.Chunks(f, size, maxChunks)
 	return tables, boot.Version, err
 }
 

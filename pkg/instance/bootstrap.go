@@ -19,9 +19,6 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
-// maxBootstrap bounds a bootstrap's size in bytes. Millions of files take less.
-const maxBootstrap = 1 << 30
-
 // bootstrap is the image's metadata file. A start reads it once, whichever ways it tries; the
 // zero value is one that no start has wanted yet.
 type bootstrap struct {
@@ -42,7 +39,8 @@ func (b *bootstrap) open(s Spec) error {
 	if err != nil {
 		return fmt.Errorf("open bootstrap: %w", err)
 	}
-	if b.head, err = checkBootstrap(f); err != nil {
+	// nydusd must not be given just any: its blob ids become file names.
+	if b.head, _, err = rafs.OpenFile(f); err != nil {
 		return errors.Join(fmt.Errorf("bootstrap %s: %w", s.Bootstrap, err), f.Close())
 	}
 	b.file, b.checked = f, make(chan struct{})
@@ -105,22 +103,6 @@ func openBootstrap(s Spec) (*os.File, error) {
 		return nil, &os.PathError{Op: "openat2", Path: s.Bootstrap, Err: err}
 	}
 	return os.NewFile(uintptr(fd), s.Bootstrap), nil
-}
-
-// checkBootstrap refuses what nydusd must not be given: its blob ids become
-// file names.
-func checkBootstrap(f *os.File) (*rafs.Bootstrap, error) {
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("not a regular file (%s)", info.Mode().Type())
-	}
-	if info.Size() > maxBootstrap {
-		return nil, fmt.Errorf("%d bytes are more than a bootstrap may have (%d)", info.Size(), maxBootstrap)
-	}
-	return rafs.Open(f, info.Size())
 }
 
 func linkFile(f *os.File, dst string) error {

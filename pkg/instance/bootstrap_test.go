@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof/prooftest"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
 func TestClaim(t *testing.T) {
@@ -126,7 +127,7 @@ func TestOpenBootstrap(t *testing.T) {
 	must(t, unix.Mkfifo(root+"/fifo", 0o600))
 	f, err := openBootstrap(Spec{Root: root, Bootstrap: root + "/fifo"})
 	must(t, err)
-	if _, err := checkBootstrap(f); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+	if _, _, err := rafs.OpenFile(f); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("a FIFO: %v", err)
 	}
 	must(t, f.Close())

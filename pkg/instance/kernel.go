@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -77,7 +76,7 @@ func (i *Instance) mappable(s Spec) error {
 	if s.Driver != mountspec.DriverAuto && s.Driver != mountspec.DriverEROFS {
 		return unmappable(fmt.Errorf("driver %q wants a nydusd", s.Driver))
 	}
-	head, err := readHead(BootstrapPath(&i.rec))
+	head, err := rafs.ReadFile(BootstrapPath(&i.rec))
 	if err != nil {
 		return unmappable(err)
 	}
@@ -159,23 +158,6 @@ func readMetadataAhead(g *Generation) {
 		_ = unix.Fadvise(int(f.Fd()), 0, metadataAhead, unix.FADV_WILLNEED)
 		f.Close()
 	}
-}
-
-func readHead(path string) (*rafs.Bootstrap, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("open bootstrap: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("open bootstrap: %w", err)
-	}
-	head, err := rafs.Open(f, info.Size())
-	if err != nil {
-		return nil, fmt.Errorf("bootstrap %s: %w", path, err)
-	}
-	return head, nil
 }
 
 // outlived tells whether a generation's filesystem is gone although its device number is in

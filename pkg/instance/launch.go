@@ -96,7 +96,7 @@ type launch struct {
 	dir       genDir
 	disk      diskDir
 	boot      *bootstrap // nil for a shared one
-	cacheDir  string // where the daemon keeps what it fetches
+	cacheDir  string     // where the daemon keeps what it fetches
 	cacheLock *os.File
 	log       *os.File
 	logStart  int64 // what stands before it in the log is not this daemon's

@@ -117,13 +117,9 @@ func (e *BlobError) Error() string { return fmt.Sprintf("blob %s: %v", e.Blob, e
 // Unwrap returns the cause.
 func (e *BlobError) Unwrap() error { return e.Cause }
 
-const (
-	// maxChunks bounds how many chunks an image may have that is proven: each takes 56
-	// bytes of memory.
-	maxChunks = 4 << 20
-	// maxBootstrap bounds a bootstrap in bytes, as pkg/instance does.
-	maxBootstrap = 1 << 30
-)
+// maxChunks bounds how many chunks an image may have that is proven: each takes 56 bytes of
+// memory.
+const maxChunks = 4 << 20
 
 // Prover proves images, one at a time. The zero value reads as fast as it can.
 type Prover struct {
@@ -197,14 +193,14 @@ func (p *Prover) prove(ctx context.Context, im Image, known func(*rafs.Bootstrap
 	if proof.Path(cacheDir, digest) == "" {
 		return false, fmt.Errorf("%w: bootstrap digest %.80q is not sha256: and 64 lowercase hex digits", proof.ErrNotProven, digest)
 	}
-	f, size, err := openBootstrap(&im)
+	f, err := im.open()
 	if err != nil {
-		return false, err
+		return false, fmt.Errorf("open bootstrap: %w", err)
 	}
 	defer f.Close()
-	b, err := rafs.Open(f, size)
+	b, size, err := rafs.OpenFile(f)
 	if err != nil {
-		return false, fmt.Errorf("read bootstrap: %w", err)
+		return false, fmt.Errorf("%s: %w", f.Name(), err)
 	}
 	if known != nil {
 		known(b)
@@ -262,21 +258,6 @@ func Valid(cacheDir, digest string, b *rafs.Bootstrap) bool {
 		return false
 	}
 	return proven.Close() == nil
-}
-
-func openBootstrap(im *Image) (*os.File, int64, error) {
-	f, err := im.open()
-	if err != nil {
-		return nil, 0, fmt.Errorf("open bootstrap: %w", err)
-	}
-	info, err := f.Stat()
-	if err == nil && info.Size() > maxBootstrap {
-		err = fmt.Errorf("%s has more than %d bytes", f.Name(), maxBootstrap)
-	}
-	if err != nil {
-		return nil, 0, errors.Join(fmt.Errorf("open bootstrap: %w", err), f.Close())
-	}
-	return f, info.Size(), nil
 }
 
 // present tells whether nydusd has everything, by its own word. It reads no data.
