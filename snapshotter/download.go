@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
-	"io/fs"
 	"log/slog"
 	"time"
 
@@ -86,20 +84,10 @@ func candidates(pulled *pulled, policy fetch.Policy) ([]fetch.Candidate, error) 
 
 // servers lists the daemons that serve containers.
 func servers(runDir string) ([]fetch.Server, error) {
-	keys, err := instance.Keys(runDir)
-	if err != nil {
-		return nil, err
-	}
-	records := map[string]*instance.Record{}
-	var errs []error
-	for _, key := range keys {
-		rec, err := instance.ReadRecord(runDir, key)
-		switch {
-		case err == nil:
-			records[key] = rec
-		case !errors.Is(err, fs.ErrNotExist):
-			errs = append(errs, err)
-		}
+	all, err := instance.Records(runDir)
+	records := make(map[string]*instance.Record, len(all))
+	for _, rec := range all {
+		records[rec.Key] = rec
 	}
 	var list []fetch.Server
 	for key, rec := range records {
@@ -117,5 +105,5 @@ func servers(runDir string) ([]fetch.Server, error) {
 		}
 		list = append(list, fetch.Server{Instance: key, PID: g.PID, StartTime: g.StartTime})
 	}
-	return list, errors.Join(errs...)
+	return list, err
 }

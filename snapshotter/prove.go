@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"slices"
 	"strings"
@@ -67,24 +66,14 @@ func proveImages(cfg config.Config, pulled *pulled, prover prove.Prover) func(co
 
 // mountedImages lists the images that are mounted, and what is known of each.
 func mountedImages(runDir string) ([]prove.Image, error) {
-	keys, err := instance.Keys(runDir)
-	if err != nil {
-		return nil, err
-	}
+	records, err := instance.Records(runDir)
 	var images []prove.Image
-	var errs []error
-	for _, key := range keys {
-		rec, err := instance.ReadRecord(runDir, key)
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-		case err != nil:
-			errs = append(errs, err)
-		case rec.Current == nil || !rec.Current.Ready || rec.Current.Shared || rec.Current.Daemonless() || rec.Current.Held:
-		default:
+	for _, rec := range records {
+		if g := rec.Current; g != nil && g.Ready && !g.Shared && !g.Daemonless() && !g.Held {
 			images = append(images, prove.Image{Name: rec.Image, CacheDir: rec.CacheDir, Bootstrap: instance.BootstrapPath(rec), Digest: rec.BootstrapDigest})
 		}
 	}
-	return images, errors.Join(errs...)
+	return images, err
 }
 
 // proven is what `cache prove` found out about an image.

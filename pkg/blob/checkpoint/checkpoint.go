@@ -1,9 +1,7 @@
 package checkpoint
 
 import (
-	"bytes"
 	"crypto/sha256"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -32,15 +30,8 @@ const (
 	version   = 1
 	idSize    = 64
 	// maxMap bounds a map, maxRecord a checkpoint, in bytes.
-	maxMap    = headerSize + chunkmap.MaxChunks/8
+	maxMap    = chunkmap.HeaderSize + chunkmap.MaxChunks/8
 	maxRecord = 2 * maxMap
-)
-
-// The head of a map, see package chunkmap.
-const (
-	headerSize = 4096
-	markAt     = 12
-	markFull   = 0x4D4D4150
 )
 
 // metadata lists what nydusd keeps of a blob beside data and map: suffixes behind its id.
@@ -163,27 +154,15 @@ func readMap(path string) (m bitmap, err error) {
 	if err != nil || len(text) == 0 {
 		return m, err
 	}
-	if len(text) <= headerSize {
+	if len(text) <= chunkmap.HeaderSize {
 		return m, fmt.Errorf("%w: it has %d bytes", chunkmap.ErrInvalid, len(text))
 	}
-	m.bits = text[headerSize:]
+	m.bits = text[chunkmap.HeaderSize:]
 	if !slices.ContainsFunc(text, func(b byte) bool { return b != 0 }) {
 		return m, nil
 	}
-	if head := header(); !bytes.Equal(text[:markAt], head[:markAt]) {
-		return m, fmt.Errorf("%w: it begins with %x", chunkmap.ErrInvalid, text[:markAt])
-	}
-	m.full = binary.LittleEndian.Uint32(text[markAt:]) == markFull
-	return m, nil
-}
-
-// header begins a map. Without the mark that all chunks are there, nydusd counts.
-func header() []byte {
-	head := make([]byte, headerSize)
-	for i, word := range []uint32{0x424D4150, 1, 0x434D4150} {
-		binary.LittleEndian.PutUint32(head[4*i:], word)
-	}
-	return head
+	m.full, err = chunkmap.Full(text)
+	return m, err
 }
 
 func read(path string, most int64) ([]byte, error) {

@@ -51,9 +51,9 @@ func (b *bed) put(name string, text []byte) {
 // set makes the map one of these chunks, as nydusd does: in place.
 func (b *bed) set(list ...uint32) {
 	b.t.Helper()
-	text := append(header(), make([]byte, (chunks+7)/8)...)
+	text := append(chunkmap.Header(), make([]byte, (chunks+7)/8)...)
 	for _, n := range list {
-		text[headerSize+n/8] |= 0x80 >> (n % 8)
+		text[chunkmap.HeaderSize+n/8] |= 0x80 >> (n % 8)
 	}
 	b.put(b.name, text)
 }
@@ -183,13 +183,13 @@ func TestRestoreWithout(t *testing.T) {
 			b.put("other", text)
 			must(b.t, os.Rename(b.path("other"), b.path(id+".blob.data")))
 		},
-		"a head": func(b *bed) { b.put(b.name, append(make([]byte, headerSize), 0xff, 0, 0)) },
+		"a head": func(b *bed) { b.put(b.name, append(make([]byte, chunkmap.HeaderSize), 0xff, 0, 0)) },
 		"its size": func(b *bed) {
 			text, err := os.ReadFile(b.path(b.name))
 			must(b.t, err)
 			b.put(b.name, append(text, 0))
 		},
-		"a whole head": func(b *bed) { b.put(b.name, header()[:100]) },
+		"a whole head": func(b *bed) { b.put(b.name, chunkmap.Header()[:100]) },
 	} {
 		t.Run(what, func(t *testing.T) {
 			each(t, func(b *bed) {
@@ -212,7 +212,7 @@ func TestRestoreMark(t *testing.T) {
 	mark := func(b *bed) {
 		text, err := os.ReadFile(b.path(b.name))
 		must(b.t, err)
-		copy(text[markAt:], []byte{0x50, 0x41, 0x4D, 0x4D})
+		copy(text[12:], []byte{0x50, 0x41, 0x4D, 0x4D})
 		b.put(b.name, text)
 	}
 	marked := func(b *bed) bool {

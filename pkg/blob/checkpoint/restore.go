@@ -113,7 +113,7 @@ func (b *blob) limit(name string, r *record, proven bool, out *Report) (changed 
 		return false, nil
 	}
 	out.Chunks += missing(now.bits, sure)
-	if b.write(name, append(header(), sure...)) != nil {
+	if b.write(name, append(chunkmap.Header(), sure...)) != nil {
 		// It is to go in any case; that takes no room.
 		return true, errors.Join(remove(path), remove(path+Suffix))
 	}
