@@ -49,8 +49,9 @@ type Background struct {
 	Proc string
 	Now  func() time.Time
 	// The following are how long and how often; 0 for the defaults. Look is how often
-	// it is seen what daemons fetch while something is, or waits to be, completed; List
-	// how often images are listed while there are candidates, and Sleep while there are none; Quiet is how long nothing may have been
+	// it is seen what daemons fetch while something is being completed, or waits for them;
+	// List how often that is done otherwise, and images are listed, while there are
+	// candidates, and Sleep while there are none. Quiet is how long nothing may have been
 	// fetched for an image that is Idle, and Yield how long for any.
 	Look, List, Sleep, Quiet, Yield time.Duration
 

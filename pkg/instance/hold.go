@@ -48,7 +48,7 @@ func StageDir(root, key string) string {
 // their names in StageDir. The error wraps ErrHeld when another process has it.
 func NewHold(ctx context.Context, s Spec, files map[string]string) (*Hold, error) {
 	if s.Daemon.StartTimeout <= 0 {
-		s.Daemon.StartTimeout = DefaultStartTimeout
+		s.Daemon.StartTimeout = defaultStartTimeout
 	}
 	s.Driver, s.Daemon.Mode, s.held = mountspec.DriverFUSE, mountspec.ModeDedicated, true
 	if err := SetupRunDir(s.RunDir); err != nil {

@@ -147,8 +147,8 @@ type bitmap struct {
 	full bool
 }
 
-// readMap reads a map. The error wraps chunkmap.ErrInvalid when there is no sense in it; one
-// that nydusd is just making has no bits.
+// readMap reads a map. The error wraps chunkmap.ErrInvalid when there is no sense in it; an
+// empty one, as nydusd makes it first, has nil for its bits.
 func readMap(path string) (m bitmap, err error) {
 	text, err := read(path, maxMap)
 	if err != nil || len(text) == 0 {

@@ -205,9 +205,6 @@ func decode(text []byte, chunks uint32) (*Map, error) {
 	return m, nil
 }
 
-// Path is the file that was read.
-func (m *Map) Path() string { return m.path }
-
 // Len is the number of chunks that the blob has.
 func (m *Map) Len() int { return int(m.chunks) }
 

@@ -75,7 +75,7 @@ func TestOpen(t *testing.T) {
 					t.Errorf("%s, chunk %d: %v", what, i, m.Has(i))
 				}
 			}
-			if m.Ready() != len(c.has) || m.Complete() != (len(c.has) == 9) || m.Len() != 9 || m.Path() != filepath.Join(dir, name) {
+			if m.Ready() != len(c.has) || m.Complete() != (len(c.has) == 9) || m.Len() != 9 || m.path != filepath.Join(dir, name) {
 				t.Errorf("%s: %+v", what, m)
 			}
 		}
@@ -149,11 +149,11 @@ func TestTwoMaps(t *testing.T) {
 	put(t, newer, file(9, 0))
 	put(t, older, file(9, 1, 2))
 	m, err := Open(dir, id, 9)
-	if err != nil || m.Path() != older || m.Ready() != 2 {
+	if err != nil || m.path != older || m.Ready() != 2 {
 		t.Errorf("%+v, %v", m, err)
 	}
 	put(t, newer, file(9, 3, 4))
-	if m, err = Open(dir, id, 9); err != nil || m.Path() != newer {
+	if m, err = Open(dir, id, 9); err != nil || m.path != newer {
 		t.Errorf("%+v, %v", m, err)
 	}
 	put(t, older, file(8))

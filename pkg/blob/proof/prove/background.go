@@ -76,7 +76,7 @@ func (b *Background) Run(ctx context.Context) error {
 	b.seen = map[string]*sight{}
 	dirs, _ := filepath.Glob(filepath.Join(b.Root, "cache", "*"))
 	for _, dir := range dirs {
-		if err := Tidy(dir); err != nil {
+		if err := tidy(dir); err != nil {
 			b.Log.Warn("remove what an interrupted proof left", "error", err)
 		}
 	}

@@ -210,7 +210,7 @@ func (p *Prover) prove(ctx context.Context, im Image, known func(*rafs.Bootstrap
 		return false, err
 	}
 	defer release()
-	if !p.Again && Valid(cacheDir, digest, b) {
+	if !p.Again && valid(cacheDir, digest, b) {
 		return false, nil
 	}
 	return p.all(ctx, &im, b, io.NewSectionReader(f, 0, size))
@@ -251,8 +251,8 @@ func (p *Prover) all(ctx context.Context, im *Image, b *rafs.Bootstrap, f *io.Se
 	return true, nil
 }
 
-// Valid tells whether there is a proof that holds.
-func Valid(cacheDir, digest string, b *rafs.Bootstrap) bool {
+// valid tells whether there is a proof that holds.
+func valid(cacheDir, digest string, b *rafs.Bootstrap) bool {
 	proven, err := proof.Open(cacheDir, digest, b)
 	if err != nil {
 		return false
@@ -449,8 +449,8 @@ func syncDir(path string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// Tidy removes what provers left that were killed. No other may run on the directory.
-func Tidy(cacheDir string) error {
+// tidy removes what provers left that were killed. No other may run on the directory.
+func tidy(cacheDir string) error {
 	entries, err := os.ReadDir(cacheDir)
 	if err != nil {
 		return fmt.Errorf("tidy the cache directory: %w", err)

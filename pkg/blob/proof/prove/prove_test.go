@@ -336,7 +336,7 @@ func TestKilled(t *testing.T) {
 		}
 		must(t, prove(t, im))
 		must(t, proven(t, im))
-		must(t, Tidy(im.CacheDir))
+		must(t, tidy(im.CacheDir))
 		if left, _ := filepath.Glob(filepath.Join(im.CacheDir, proof.Temporary+"*")); len(left) > 0 {
 			t.Errorf("killed before %q: %q is left", last, left)
 		}
@@ -521,7 +521,7 @@ func BenchmarkOpen(b *testing.B) {
 		b.Fatal(err)
 	}
 	for b.Loop() {
-		if !Valid(im.CacheDir, im.Digest, im.Head) {
+		if !valid(im.CacheDir, im.Digest, im.Head) {
 			b.Fatal("not proven")
 		}
 	}
