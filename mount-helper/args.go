@@ -329,18 +329,12 @@ func digest(path string) (string, error) {
 		return "", fmt.Errorf("open bootstrap: %w", err)
 	}
 	defer f.Close()
-	info, err := f.Stat()
+	_, size, err := rafs.OpenFile(f)
 	if err != nil {
-		return "", fmt.Errorf("open bootstrap: %w", err)
-	}
-	if !info.Mode().IsRegular() {
-		return "", fmt.Errorf("bootstrap %s is not a regular file", path)
-	}
-	if _, err := rafs.Open(f, info.Size()); err != nil {
 		return "", fmt.Errorf("bootstrap %s: %w", path, err)
 	}
 	h := sha256.New()
-	if _, err := io.Copy(h, io.NewSectionReader(f, 0, info.Size())); err != nil {
+	if _, err := io.Copy(h, io.NewSectionReader(f, 0, size)); err != nil {
 		return "", fmt.Errorf("read bootstrap: %w", err)
 	}
 	return "sha256:" + hex.EncodeToString(h.Sum(nil)), nil

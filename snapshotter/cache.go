@@ -36,11 +36,7 @@ func newCache(cfg config.Config) (*blob.Cache, error) {
 // asking how they are reached.
 func placed(cfg config.Config) func(ctx context.Context, ref, wanted string) (string, error) {
 	return func(_ context.Context, ref, wanted string) (string, error) {
-		rule, err := selectRule(cfg.Backends, ref, wanted)
-		if err != nil {
-			return "", err
-		}
-		host, repository, err := origin(rule, ref)
+		host, repository, err := home(cfg.Backends, ref, wanted)
 		if err != nil {
 			return "", err
 		}

@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
-	"io/fs"
 	"log/slog"
 	"time"
 
@@ -27,32 +25,32 @@ const (
 )
 
 // newDownload is downloadImages for serve.
-func newDownload(cfg config.Config, key mountspec.Key, nydusd nydusdOf, logins registry.Keychain, cache *blob.Cache) func(context.Context) error {
+func newDownload(cfg config.Config, key mountspec.Key, nydusd nydusdOf, logins registry.Keychain, cache *blob.Cache, pulled *pulled, prover prove.Prover) func(context.Context) error {
 	return func(ctx context.Context) error {
 		with, err := newBackends(cfg, key, logins)
 		if err != nil {
 			return err
 		}
 		with.shared = false // what fetches has a nydusd of its own
-		return downloadImages(cfg, nydusd, with, cache)(ctx)
+		return downloadImages(cfg, nydusd, with, cache, pulled, prover)(ctx)
 	}
 }
 
 // downloadImages completes images in the background, as [cache] download or their labels
 // say.
-func downloadImages(cfg config.Config, nydusd nydusdOf, with backends, cache *blob.Cache) func(context.Context) error {
+func downloadImages(cfg config.Config, nydusd nydusdOf, with backends, cache *blob.Cache, pulled *pulled, prover prove.Prover) func(context.Context) error {
 	rate := int64(cfg.Cache.DownloadRate)
 	d := &daemons{cfg: cfg, nydusd: nydusd, backends: with.prefetch(downloadThreads, rate), purpose: "download"}
 	completer := fetch.Completer{
 		Fetcher: fetch.Fetcher{Rate: rate, Poll: downloadPoll},
-		Prover:  prove.Prover{Rate: prove.NewRate(proveRate)},
+		Prover:  prover,
 	}
 	b := &fetch.Background{
-		Images:  func() ([]fetch.Candidate, error) { return candidates(cfg) },
+		Images:  func() ([]fetch.Candidate, error) { return candidates(pulled, fetch.Policy(cfg.Cache.Download)) },
 		Servers: func() ([]fetch.Server, error) { return servers(cfg.RunDir) },
 		Room:    cache.Room,
 		Complete: func(ctx context.Context, c fetch.Candidate) (fetch.Result, error) {
-			im, err := pulledAs(cfg, c)
+			im, err := pulled.find(c.Image)
 			if err != nil {
 				return fetch.Result{}, err
 			}
@@ -69,11 +67,11 @@ func downloadImages(cfg config.Config, nydusd nydusdOf, with backends, cache *bl
 }
 
 // candidates lists the images that may be completed, with what is wanted of each.
-func candidates(cfg config.Config) ([]fetch.Candidate, error) {
-	all, err := pulledImages(cfg)
+func candidates(pulled *pulled, policy fetch.Policy) ([]fetch.Candidate, error) {
+	all, err := pulled.images()
 	var list []fetch.Candidate
 	for _, im := range all {
-		c := fetch.Candidate{Image: im.Image, Instance: im.instance, Policy: fetch.Policy(cfg.Cache.Download)}
+		c := fetch.Candidate{Image: im.Image, Instance: im.instance, Policy: policy}
 		if im.download != "" {
 			c.Policy = fetch.Policy(im.download)
 		}
@@ -84,33 +82,12 @@ func candidates(cfg config.Config) ([]fetch.Candidate, error) {
 	return list, err
 }
 
-// pulledAs finds a candidate again.
-func pulledAs(cfg config.Config, c fetch.Candidate) (pulledImage, error) {
-	all, err := pulledImages(cfg)
-	for _, im := range all {
-		if im.Image == c.Image {
-			return im, nil
-		}
-	}
-	return pulledImage{}, errors.Join(errors.New("the image is not there any more"), err)
-}
-
 // servers lists the daemons that serve containers.
 func servers(runDir string) ([]fetch.Server, error) {
-	keys, err := instance.Keys(runDir)
-	if err != nil {
-		return nil, err
-	}
-	records := map[string]*instance.Record{}
-	var errs []error
-	for _, key := range keys {
-		rec, err := instance.ReadRecord(runDir, key)
-		switch {
-		case err == nil:
-			records[key] = rec
-		case !errors.Is(err, fs.ErrNotExist):
-			errs = append(errs, err)
-		}
+	all, err := instance.Records(runDir)
+	records := make(map[string]*instance.Record, len(all))
+	for _, rec := range all {
+		records[rec.Key] = rec
 	}
 	var list []fetch.Server
 	for key, rec := range records {
@@ -121,12 +98,12 @@ func servers(runDir string) ([]fetch.Server, error) {
 		if g.Berth != nil {
 			// What a shared daemon fetches may be for any of its images.
 			pool := records[g.Berth.Pool]
-			if pool == nil || pool.Current == nil {
-				continue
+			if pool == nil || pool.Current == nil || pool.Current.Number != g.Berth.Generation {
+				continue // it has ended, and what reads from it gets errors
 			}
 			g = pool.Current
 		}
 		list = append(list, fetch.Server{Instance: key, PID: g.PID, StartTime: g.StartTime})
 	}
-	return list, errors.Join(errs...)
+	return list, err
 }

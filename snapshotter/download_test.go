@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/fetch"
@@ -38,7 +39,9 @@ func TestCandidates(t *testing.T) {
 		for i, label := range labels {
 			layer(strings.Repeat("x", i+1), "r.example/app:v-"+label, label)
 		}
-		list, err := candidates(cfg)
+		pulled := &pulled{now: time.Now, read: func() ([]pulledImage, error) { return pulledImages(cfg) }}
+		policy := fetch.Policy(download)
+		list, err := candidates(pulled, policy)
 		must(t, err)
 		got := map[string]fetch.Policy{}
 		for _, c := range list {
@@ -54,7 +57,7 @@ func TestCandidates(t *testing.T) {
 			if c.Image != wanted || c.Instance != mountspec.InstanceKey(digest, "r.example", "app", cache) {
 				t.Errorf("%s: a candidate is %+v, want the image %+v", download, c, wanted)
 			}
-			if im, err := pulledAs(cfg, c); err != nil || im.Image != c.Image || im.instance != c.Instance {
+			if im, err := pulled.find(c.Image); err != nil || im.Image != c.Image || im.instance != c.Instance {
 				t.Errorf("%s: found again is %+v (%v), want %+v", download, im, err, c)
 			}
 		}
@@ -62,14 +65,16 @@ func TestCandidates(t *testing.T) {
 			t.Errorf("%s: by label %v, want %v", download, got, want)
 		}
 
-		// One that cannot be placed hides no other.
-		layer("broken", "no reference at all", "always")
-		if more, err := candidates(cfg); err == nil || !strings.Contains(err.Error(), "no reference at all") || len(more) != len(list) {
-			t.Errorf("%s: beside a broken one: %+v, %v", download, more, err)
+		// One that has no place in the cache is none, and hides no other.
+		layer("homeless", "no reference at all", "always")
+		pulled.Changed()
+		if more, err := candidates(pulled, policy); err != nil || len(more) != len(list) {
+			t.Errorf("%s: beside a homeless one: %+v, %v", download, more, err)
 		}
 		must(t, os.RemoveAll(filepath.Join(cfg.Root, "snapshots")))
+		pulled.Changed()
 		for _, c := range list {
-			if _, err := pulledAs(cfg, c); err == nil || !strings.Contains(err.Error(), "not there any more") {
+			if _, err := pulled.find(c.Image); err == nil || !strings.Contains(err.Error(), "not there any more") {
 				t.Errorf("%s: what was removed is found again: %v", download, err)
 			}
 		}
@@ -90,8 +95,8 @@ func TestServers(t *testing.T) {
 		must(t, os.MkdirAll(filepath.Dir(path), 0o700))
 		must(t, os.WriteFile(path, text, 0o600))
 	}
-	in := func(pool string) *instance.Generation {
-		return &instance.Generation{Ready: true, Berth: &instance.Berth{Pool: pool, Generation: 1}}
+	in := func(pool string, number int) *instance.Generation {
+		return &instance.Generation{Ready: true, Berth: &instance.Berth{Pool: pool, Generation: number}}
 	}
 	record("alone", &instance.Generation{Ready: true, PID: 11, StartTime: 111})
 	record("starting", &instance.Generation{PID: 12})
@@ -99,11 +104,12 @@ func TestServers(t *testing.T) {
 	record("kernel", &instance.Generation{Ready: true, Driver: mountspec.DriverEROFS})
 	record("idle", nil)
 	record("pool", &instance.Generation{Number: 1, Ready: true, Shared: true, PID: 14, StartTime: 114})
-	record("one", in("pool"))
-	record("two", in("pool"))
+	record("one", in("pool", 1))
+	record("two", in("pool", 1))
+	record("before", in("pool", 0)) // whose daemon has ended
 	record("empty", nil)
-	record("in-empty", in("empty"))
-	record("in-none", in("gone"))
+	record("in-empty", in("empty", 1))
+	record("in-none", in("gone", 1))
 	// Somebody makes it, or removes it, just now.
 	must(t, os.MkdirAll(filepath.Dir(instance.RecordPath(run, "no-record")), 0o700))
 

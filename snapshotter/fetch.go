@@ -13,72 +13,15 @@ import (
 	"slices"
 	"sync"
 
-	"github.com/distribution/reference"
 	"golang.org/x/sys/unix"
 
-	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 	"github.com/nydusfs/nydus-snapshotter/pkg/fetch"
 	"github.com/nydusfs/nydus-snapshotter/pkg/health"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
-	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
-	"github.com/nydusfs/nydus-snapshotter/pkg/snapshot"
 )
-
-// pulledImage is an image of the snapshotter's, with where its blobs are cached.
-type pulledImage struct {
-	fetch.Image
-	ref, backend     string // as snapshot.Image has them
-	host, repository string
-	// instance is the key of the instance that containers of it use.
-	instance string
-	// download is what its label asks for.
-	download string
-}
-
-// pulledImages lists the images that are pulled, each once. What could not be read is in
-// the error.
-func pulledImages(cfg config.Config) ([]pulledImage, error) {
-	all, err := snapshot.Images(cfg.Root)
-	errs := []error{err}
-	var list []pulledImage
-	for _, im := range all {
-		rule, err := selectRule(cfg.Backends, im.Ref, im.Backend)
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		p := pulledImage{ref: im.Ref, backend: im.Backend, download: im.Download}
-		if p.host, p.repository, err = origin(rule, im.Ref); err != nil {
-			errs = append(errs, fmt.Errorf("image %q: %w", im.Ref, err))
-			continue
-		}
-		dir := mountspec.CacheDir(cfg.Root, p.host, p.repository)
-		p.instance = mountspec.InstanceKey(im.Digest, p.host, p.repository, dir)
-		p.Image = fetch.Image{Name: im.Ref, CacheDir: dir, Bootstrap: im.Path(), Digest: im.Digest}
-		if !slices.ContainsFunc(list, func(o pulledImage) bool { return o.ref == p.ref && o.instance == p.instance }) {
-			list = append(list, p)
-		}
-	}
-	return list, errors.Join(errs...)
-}
-
-// named lists those of all that a reference means: several when a tag has moved and the
-// older one is still there.
-func namedBy(all []pulledImage, ref string) []pulledImage {
-	want := normal(ref)
-	return slices.DeleteFunc(slices.Clone(all), func(p pulledImage) bool { return normal(p.ref) != want })
-}
-
-// normal is a reference as it is written in full.
-func normal(ref string) string {
-	if name, err := reference.ParseDockerRef(ref); err == nil {
-		return name.String()
-	}
-	return ref
-}
 
 // daemons starts daemons that fetch all of an image.
 type daemons struct {
@@ -294,18 +237,9 @@ func openBlob(path string) (*os.File, error) {
 
 // blobIDs lists what the image's blobs are called, those of their metadata included.
 func blobIDs(bootstrap string) ([]string, error) {
-	f, err := proof.OpenRegular(bootstrap)
+	b, err := rafs.ReadFile(bootstrap)
 	if err != nil {
-		return nil, fmt.Errorf("open bootstrap: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("open bootstrap: %w", err)
-	}
-	b, err := rafs.Open(f, info.Size())
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", bootstrap, err)
+		return nil, err
 	}
 	var ids []string
 	for i := range b.Blobs {

@@ -155,9 +155,9 @@ func (f *fetchCommand) all(ctx context.Context, cfg config.Config, refs []string
 	out := []fetched{}
 	var errs []error
 	for _, ref := range refs {
-		images := namedBy(list, ref)
-		if len(images) == 0 {
-			err := errors.Join(fmt.Errorf("%s is not pulled as a nydus image; pull it first", ref), unread)
+		images, err := namedBy(list, ref)
+		if err != nil {
+			err = errors.Join(err, unread)
 			out, errs = append(out, f.done(fetched{Image: ref}, err)), append(errs, err)
 		}
 		for _, im := range images {
@@ -256,6 +256,9 @@ func (f *fetchCommand) one(ctx context.Context, im pulledImage) (fetched, error)
 func (f *fetchCommand) complete(ctx context.Context, im pulledImage, p progress) (fetch.Result, error) {
 	if err := ctx.Err(); err != nil {
 		return fetch.Result{}, context.Cause(ctx)
+	}
+	if im.homeless != nil {
+		return fetch.Result{}, im.homeless
 	}
 	c := f.completer
 	c.Fetcher.Start = func(ctx context.Context, _ fetch.Image) (fetch.Daemon, error) {

@@ -284,11 +284,7 @@ func (m *mounted) read(rec *instance.Record) (*blobs, error) {
 		return nil, fmt.Errorf("read which blobs the image has: %w", err)
 	}
 	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("read which blobs the image has: %w", err)
-	}
-	boot, err := rafs.Open(f, info.Size())
+	boot, size, err := rafs.OpenFile(f)
 	if err != nil {
 		return nil, fmt.Errorf("read which blobs the image has: %s: %w", path, err)
 	}
@@ -302,7 +298,7 @@ func (m *mounted) read(rec *instance.Record) (*blobs, error) {
 	if !m.verify {
 		return b, nil
 	}
-	tables, err := rafs.Chunks(f, info.Size(), maxChunks)
+	tables, err := rafs.Chunks(f, size, maxChunks)
 	if err != nil {
 		m.log.Warn("what is read of an image cannot be verified", "event", "unchecked", "image", rec.Image, "instance", rec.Key, "error", err)
 		return b, nil

@@ -5,11 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"text/tabwriter"
 	"time"
 
@@ -21,28 +19,34 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/mountspec"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
-	"github.com/nydusfs/nydus-snapshotter/pkg/snapshot"
 )
 
 // proveRate is how many bytes a second are read to compare blobs with their digests. It is
 // done once for each image, beside the containers' own reads.
 const proveRate = 64 << 20
 
-// relist is how often the pulled images are listed that nobody said anything about.
-const relist = 5 * time.Minute
+// newProver is for all who prove in the background: together they read no faster, and what
+// one compares the others do not.
+func newProver() prove.Prover {
+	return prove.Prover{Rate: prove.NewRate(proveRate), Turn: prove.NewTurn()}
+}
 
 // proveImages finds images that are complete, so that their next start needs no daemon.
-func proveImages(cfg config.Config, pulled *pulled) func(context.Context) error {
+func proveImages(cfg config.Config, pulled *pulled, prover prove.Prover) func(context.Context) error {
 	b := prove.Background{
 		Root: cfg.Root,
-		Images: func(ctx context.Context) ([]prove.Image, error) {
+		Images: func(context.Context) ([]prove.Image, error) {
 			// The next start of what runs comes first, and a container may live longer
-			// than its image.
-			running, err := mountedImages(cfg.RunDir)
-			others, failed := pulled.images(ctx)
-			return append(running, others...), errors.Join(err, failed)
+			// than its image. Who has read all of another one may be gone before anybody
+			// looks.
+			list, err := mountedImages(cfg.RunDir)
+			others, failed := pulled.images()
+			for i := range others {
+				list = append(list, others[i].proveImage())
+			}
+			return list, errors.Join(err, failed)
 		},
-		Prover: prove.Prover{Rate: prove.NewRate(proveRate)},
+		Prover: prover,
 		Log:    slog.Default(),
 	}
 	return func(ctx context.Context) error {
@@ -62,64 +66,14 @@ func proveImages(cfg config.Config, pulled *pulled) func(context.Context) error 
 
 // mountedImages lists the images that are mounted, and what is known of each.
 func mountedImages(runDir string) ([]prove.Image, error) {
-	keys, err := instance.Keys(runDir)
-	if err != nil {
-		return nil, err
-	}
+	records, err := instance.Records(runDir)
 	var images []prove.Image
-	var errs []error
-	for _, key := range keys {
-		rec, err := instance.ReadRecord(runDir, key)
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-		case err != nil:
-			errs = append(errs, err)
-		case rec.Current == nil || !rec.Current.Ready || rec.Current.Shared || rec.Current.Daemonless() || rec.Current.Held:
-		default:
+	for _, rec := range records {
+		if g := rec.Current; g != nil && g.Ready && !g.Shared && !g.Daemonless() && !g.Held {
 			images = append(images, prove.Image{Name: rec.Image, CacheDir: rec.CacheDir, Bootstrap: instance.BootstrapPath(rec), Digest: rec.BootstrapDigest})
 		}
 	}
-	return images, errors.Join(errs...)
-}
-
-// pulled are the images that containerd has pulled, mounted or not: who has read all of one
-// may be gone before anybody looks. They are listed anew when a layer was committed or
-// removed, and now and then.
-type pulled struct {
-	root  string
-	place func(ctx context.Context, ref, backend string) (dir string, err error)
-	now   func() time.Time
-
-	changed atomic.Bool
-	list    []prove.Image
-	listed  time.Time
-}
-
-// Changed says that there may be other images now.
-func (p *pulled) Changed() { p.changed.Store(true) }
-
-// images lists them. It is for one caller at a time, who changes nothing in the list.
-func (p *pulled) images(ctx context.Context) ([]prove.Image, error) {
-	now := p.now()
-	if !p.changed.Swap(false) && now.Sub(p.listed) < relist {
-		return p.list, nil
-	}
-	list, err := provable(ctx, p.root, p.place)
-	p.list, p.listed = list, now
-	return slices.Clip(list), err
-}
-
-// provable lists the images whose place in the cache is known. Another one's backend is
-// not configured any more.
-func provable(ctx context.Context, root string, place func(ctx context.Context, ref, backend string) (string, error)) ([]prove.Image, error) {
-	all, err := snapshot.Images(root)
-	list := make([]prove.Image, 0, len(all))
-	for _, im := range all {
-		if dir, err := place(ctx, im.Ref, im.Backend); err == nil {
-			list = append(list, prove.Image{Name: im.Ref, CacheDir: dir, Bootstrap: im.Dir(), Digest: im.Digest, Open: im.Open})
-		}
-	}
-	return list, err
+	return images, err
 }
 
 // proven is what `cache prove` found out about an image.
@@ -138,27 +92,14 @@ type proven struct {
 // proveCommand proves pulled images at once, those that are named or all, and fails unless
 // all of them are.
 func proveCommand(c *cli.Context, cfg config.Config, asJSON bool, names []string) error {
-	images, err := provable(c.Context, cfg.Root, placed(cfg))
-	if err != nil {
-		return fmt.Errorf("cache prove: %w", err)
-	}
-	var unknown error
-	if len(names) > 0 {
-		images, unknown = selected(images, names)
-	}
+	images, err := wanted(cfg, names)
 	list := make([]proven, 0, len(images))
-	seen := map[[2]string]bool{}
 	failed := 0
 	for i := range images {
 		im := &images[i]
-		if name := [2]string{im.Name, im.CacheDir + im.Digest}; seen[name] {
-			continue // one of its layers is there twice
-		} else {
-			seen[name] = true
-		}
 		p, err := proveNow(c, im)
 		if c.Context.Err() != nil {
-			return fmt.Errorf("cache prove: image %q: %w", im.Name, err)
+			return fmt.Errorf("cache prove: image %q: %w", im.ref, err)
 		}
 		if err != nil {
 			failed++
@@ -166,30 +107,34 @@ func proveCommand(c *cli.Context, cfg config.Config, asJSON bool, names []string
 		list = append(list, p)
 	}
 	if asJSON {
-		err = writeJSON(c.App.Writer, list)
+		err = errors.Join(err, writeJSON(c.App.Writer, list))
 	} else {
-		err = printProven(c.App.Writer, list)
+		err = errors.Join(err, printProven(c.App.Writer, list))
 	}
 	if failed > 0 {
-		err = errors.Join(fmt.Errorf("cache prove: %d of %d images are not proven", failed, len(list)), err)
+		err = errors.Join(err, fmt.Errorf("%d of %d images are not proven", failed, len(list)))
 	}
-	return errors.Join(unknown, err)
+	if err != nil {
+		return fmt.Errorf("cache prove: %w", err)
+	}
+	return nil
 }
 
-// selected are the images of these names. One that there is not is an error.
-func selected(images []prove.Image, names []string) ([]prove.Image, error) {
-	var list []prove.Image
+// wanted are the images of these names, or all that have a place in the cache when there
+// are none. A name that no image has is an error, as is what could not be read.
+func wanted(cfg config.Config, names []string) ([]pulledImage, error) {
+	all, unread := pulledImages(cfg)
+	if len(names) == 0 {
+		return slices.DeleteFunc(all, func(im pulledImage) bool { return im.homeless != nil }), unread
+	}
+	var list []pulledImage
 	var errs []error
 	for _, name := range names {
-		before := len(list)
-		for i := range images {
-			if images[i].Name == name {
-				list = append(list, images[i])
-			}
+		images, err := namedBy(all, name)
+		if err != nil {
+			err = errors.Join(err, unread)
 		}
-		if len(list) == before {
-			errs = append(errs, fmt.Errorf("cache prove: no nydus image %q has been pulled; `cache ls` names those that have", name))
-		}
+		list, errs = append(list, images...), append(errs, err)
 	}
 	return list, errors.Join(errs...)
 }
@@ -198,18 +143,22 @@ func selected(images []prove.Image, names []string) ([]prove.Image, error) {
 const attempts = 3
 
 // proveNow proves an image, and waits a little for who has just written to it.
-func proveNow(c *cli.Context, im *prove.Image) (out proven, err error) {
-	out = proven{Image: im.Name, Digest: im.Digest, Directory: im.CacheDir}
+func proveNow(c *cli.Context, im *pulledImage) (out proven, err error) {
+	out = proven{Image: im.ref, Digest: im.Digest, Directory: im.CacheDir}
+	if im.homeless != nil {
+		out.Reason = im.homeless.Error()
+		return out, im.homeless
+	}
 	w := c.App.ErrWriter
 	p := prove.Prover{}
 	if isTerminal(w) {
 		p.Progress = func(done, total int64) {
-			fmt.Fprintf(w, "\r\x1b[K%s: %s of %s compared", im.Name, megabytes(done), megabytes(total))
+			fmt.Fprintf(w, "\r\x1b[K%s: %s of %s compared", im.ref, megabytes(done), megabytes(total))
 		}
 		defer fmt.Fprint(w, "\r\x1b[K")
 	}
 	for n := 1; ; n++ {
-		out.New, err = p.Image(c.Context, *im)
+		out.New, err = p.Image(c.Context, im.proveImage())
 		if !errors.Is(err, prove.ErrRecent) || n == attempts {
 			break
 		}

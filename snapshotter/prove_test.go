@@ -1,11 +1,9 @@
 package main
 
 import (
-	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -14,6 +12,7 @@ import (
 	"time"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
+	"github.com/nydusfs/nydus-snapshotter/pkg/config"
 )
 
 // pull makes another image of a name, with the bootstrap of the first one or another, and
@@ -80,37 +79,57 @@ func TestCacheProve(t *testing.T) {
 	if list = nil; err != nil || json.Unmarshal([]byte(out), &list) != nil || len(list) != 1 {
 		t.Errorf("with an option behind it says\n%s(%v)", out, err)
 	}
-	if list, err := b.prove("r.example/team/app:1", "r.example/none:1"); err == nil || !strings.Contains(err.Error(), `"r.example/none:1"`) || len(list) != 1 || !list[0].Proven {
+	if list, err := b.prove("r.example/team/app:1", "r.example/none:1"); err == nil || !strings.Contains(err.Error(), "r.example/none:1 is not pulled") || len(list) != 1 || !list[0].Proven {
 		t.Errorf("an image that is not there: %+v, %v", list, err)
 	}
 }
 
-// TestPulledImages lists them again only when there may be others.
+// TestPulledImages lists them again only when there may be others, or when not all of them
+// could be listed. One without a place in the cache is left out without a word.
 func TestPulledImages(t *testing.T) {
 	b := newCacheBed(t)
 	now := time.Now()
-	place := func(_ context.Context, ref, _ string) (string, error) {
-		if ref == "nowhere" {
-			return "", errors.New("no such backend")
-		}
-		return b.dir, nil
-	}
-	p := &pulled{root: b.root, place: place, now: func() time.Time { return now }}
-	expect := func(want int) {
+	reads := 0
+	p := &pulled{now: func() time.Time { return now }, read: func() ([]pulledImage, error) {
+		reads++
+		return pulledImages(config.Config{Root: b.root})
+	}}
+	expect := func(want, after int, fault string) {
 		t.Helper()
-		list, err := p.images(t.Context())
-		if err != nil || len(list) != want {
-			t.Errorf("got %+v, %v; want %d", list, err, want)
+		list, err := p.images()
+		if len(list) != want || reads != after || (err != nil) != (fault != "") || err != nil && !strings.Contains(err.Error(), fault) {
+			t.Errorf("got %+v, %v after %d lists; want %d after %d, %q", list, err, reads, want, after, fault)
 		}
 	}
-	expect(1)
+	expect(1, 1, "")
 	b.pull("2", "r.example/a:1", []byte("a"))
-	b.pull("3", "nowhere", []byte("b"))
-	expect(1)
+	b.write(filepath.Join(b.root, "snapshots", "3", "layer.json"), []byte(`{"version":1,"kind":"bootstrap","image":"r.example/b:1","backend":"gone","digest":"sha256:1","path":"image/image.boot"}`))
+	expect(1, 1, "")
 	p.Changed()
-	expect(2)
-	expect(2)
+	expect(2, 2, "")
+	expect(2, 2, "")
 	b.pull("4", "r.example/c:1", []byte("c"))
 	now = now.Add(relist)
-	expect(3)
+	expect(3, 3, "")
+	broken := filepath.Join(b.root, "snapshots", "5", "layer.json")
+	b.write(broken, []byte("{"))
+	p.Changed()
+	expect(3, 4, broken)
+	expect(3, 5, broken)
+	must(t, os.Remove(broken))
+	expect(3, 6, "")
+	expect(3, 6, "")
+}
+
+// TestHomeless has an image whose backend is not configured: who names it is told.
+func TestHomeless(t *testing.T) {
+	b := newCacheBed(t)
+	b.write(filepath.Join(b.root, "snapshots", "3", "layer.json"), []byte(`{"version":1,"kind":"bootstrap","image":"r.example/b:1","backend":"gone","digest":"sha256:1","path":"image/image.boot"}`))
+	list, err := b.prove("r.example/b:1")
+	if err == nil || len(list) != 1 || list[0].Proven || !strings.Contains(list[0].Reason, `"gone"`) {
+		t.Errorf("got %+v, %v", list, err)
+	}
+	if list, _ := b.prove(); len(list) != 1 || list[0].Image == "r.example/b:1" {
+		t.Errorf("of all: %+v", list)
+	}
 }

@@ -120,9 +120,10 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 	defer func() { err = errors.Join(err, listener.remove()) }()
 
 	server := grpc.NewServer()
-	pulled := &pulled{root: cfg.Root, place: cache.Place, now: time.Now}
+	pulled := &pulled{read: func() ([]pulledImage, error) { return pulledImages(cfg) }, now: time.Now}
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sweeping{sn, cache, pulled}))
-	stop, err := startBackground(ctx, cfg, cache, pulled, newDownload(cfg, key, nydusd, logins, cache))
+	prover := newProver()
+	stop, err := startBackground(ctx, cfg, cache, proveImages(cfg, pulled, prover), newDownload(cfg, key, nydusd, logins, cache, pulled, prover))
 	if err != nil {
 		return err
 	}
@@ -138,7 +139,7 @@ func serve(ctx context.Context, cfg config.Config) (err error) {
 
 // startBackground starts what looks after mounted images, until the returned function
 // is called.
-func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache, pulled *pulled, download func(context.Context) error) (stop func(), err error) {
+func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache, prove, download func(context.Context) error) (stop func(), err error) {
 	reconciler := instance.NewReconciler(instance.ReconcilerConfig{
 		RunDir: cfg.RunDir, Root: cfg.Root, Linger: cfg.Mount.IdleLinger, Log: slog.Default(),
 	})
@@ -174,9 +175,7 @@ func startBackground(ctx context.Context, cfg config.Config, cache *blob.Cache, 
 	})
 	done.Go(func() { keepRunning(background, "daemons that hang are not noticed", hung.Run) })
 	if cfg.Mount.Driver != mountspec.DriverFUSE {
-		done.Go(func() {
-			keepRunning(background, "complete images go on to be served by nydusd", proveImages(cfg, pulled))
-		})
+		done.Go(func() { keepRunning(background, "complete images go on to be served by nydusd", prove) })
 	}
 	return func() {
 		cancel()

@@ -214,7 +214,7 @@ func (c *Cache) reads(reader instance.Reader) bool {
 }
 
 // memo remembers what bootstraps name, by what a file is: no bootstrap is ever written
-// again. What two turns did not ask for is forgotten.
+// again, as long as nobody puts the clock back. What two turns did not ask for is forgotten.
 type memo struct {
 	mu          sync.Mutex
 	now, before map[proof.File][]rafs.Blob
@@ -232,14 +232,14 @@ func (m *memo) blobs(s *source) ([]rafs.Blob, error) {
 		return nil, err
 	}
 	defer f.Close()
-	id, err := identify(f)
+	id, err := proof.Stat(f)
 	if err != nil {
 		return nil, err
 	}
 	if blobs, ok := m.known(id); ok {
 		return blobs, nil
 	}
-	boot, err := rafs.Open(f, id.Size)
+	boot, _, err := rafs.OpenFile(f)
 	if err != nil {
 		return nil, fmt.Errorf("bootstrap of image %q in %s: %w; remove the image and pull it again", s.image, s.where, err)
 	}
@@ -267,17 +267,4 @@ func (m *memo) keep(id proof.File, blobs []rafs.Blob) {
 		m.now = map[proof.File][]rafs.Blob{}
 	}
 	m.now[id] = blobs
-}
-
-// identify tells what stands for a bootstrap's content, as long as nobody puts the clock
-// back.
-func identify(f *os.File) (proof.File, error) {
-	info, err := f.Stat()
-	if err != nil {
-		return proof.File{}, err
-	}
-	if !info.Mode().IsRegular() || info.Size() > snapshot.MaxBootstrap {
-		return proof.File{}, fmt.Errorf("%s: want a regular file of at most %d bytes", f.Name(), int64(snapshot.MaxBootstrap))
-	}
-	return proof.Stat(f)
 }

@@ -79,8 +79,8 @@ type scrubber struct {
 	state  ScrubState
 	saved  time.Time
 	looked time.Time // when it was last looked at what is damaged
-	// compared is when a damaged blob was last compared.
-	compared map[place]time.Time
+	// compared is when a damaged blob was last compared, and how that ended.
+	compared map[place]comparison
 
 	// known is what was learned at the time learned, list what is to be scrubbed by then.
 	known   *state
@@ -92,8 +92,16 @@ type scrubber struct {
 	work   chan func()
 }
 
+// comparison is one that found something wrong.
+type comparison struct {
+	at time.Time
+	// stuck says that nobody is known to use the blob, and it could not be removed all the
+	// same.
+	stuck bool
+}
+
 func (c *Cache) newScrubber(how Scrubbing) (*scrubber, error) {
-	s := &scrubber{Cache: c, how: how, work: make(chan func()), compared: map[place]time.Time{}}
+	s := &scrubber{Cache: c, how: how, work: make(chan func()), compared: map[place]comparison{}}
 	if s.how.Again == 0 {
 		s.how.Again = scrubAgain
 	}
@@ -334,7 +342,7 @@ func (s *scrubber) tell(ctx context.Context, v *Verdict) {
 	}
 	news := s.state.note(p, left, s.now())
 	if delete(s.compared, p); left != "" {
-		s.compared[p] = s.now()
+		s.compared[p] = comparison{s.now(), len(v.Instances) == 0}
 	}
 	log := s.o.Log.With("event", "damaged", "blob", v.ID, "repository", v.Host+"/"+v.Repository, "images", v.Images)
 	switch {
@@ -382,8 +390,33 @@ func (s *scrubber) again(ctx context.Context) {
 			s.state.note(place{d.Directory, d.Blob}, "", s.now())
 			delete(s.compared, place{d.Directory, d.Blob})
 			s.save(true)
-		case !s.known.refs.of(s.list[n].dir, d.Blob).living(), s.now().Sub(s.compared[place{d.Directory, d.Blob}]) >= scrubRepaired:
-			s.one(ctx, s.list[n])
+		default:
+			s.retry(ctx, s.list[n], d.Problem)
 		}
+	}
+}
+
+// retry has a damaged blob compared again, once it is not in use any more or could have been
+// repaired. One that could not be removed is not read each time for that.
+func (s *scrubber) retry(ctx context.Context, b *cached, problem string) {
+	last := s.compared[place{b.dir.path, b.id}]
+	used, old := s.known.refs.of(b.dir, b.id).living(), s.now().Sub(last.at) >= scrubRepaired
+	switch {
+	case old, !used && !last.stuck:
+		s.one(ctx, b)
+	case !used:
+		s.remove(ctx, b, problem)
+	}
+}
+
+// remove removes a blob that is known to be wrong, if that can be done now.
+func (s *scrubber) remove(ctx context.Context, b *cached, problem string) {
+	s.mu.Lock()
+	v := Verdict{Blob: s.describe(b, s.known.refs.of(b.dir, b.id)), Problem: problem, Evicted: true}
+	w, j := &sweep{Cache: s.Cache, state: s.known, report: &Report{}}, &job{dir: b.dir, list: []*cached{b}, young: true}
+	w.do(ctx, j)
+	s.mu.Unlock()
+	if len(j.gone) > 0 {
+		s.tell(ctx, &v)
 	}
 }

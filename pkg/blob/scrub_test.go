@@ -216,6 +216,48 @@ func TestScrubInUse(t *testing.T) {
 	}
 }
 
+// TestScrubStuck: what is wrong, and held by somebody who is not known, is not read again and
+// again for that, and goes when it is let go.
+func TestScrubStuck(t *testing.T) {
+	b := newBed(t)
+	dir := b.dir("one")
+	boot, tables := b.fetched(dir, "v6-zstd-4k")
+	b.image("one", boot)
+	id := tables[0].Blob.ID
+	data := filepath.Join(dir, id+".blob.data")
+	b.flip(data, int64(tables[0].At(0).RawOffset))
+	holder, err := os.Open(data)
+	b.must(err)
+	defer holder.Close()
+
+	o, how := b.options(), quick()
+	o.Now, how.Again = time.Now, time.Nanosecond
+	how.Rate = rate.NewLimiter(rate.Every(24*365*time.Hour), 1<<30) // which counts
+	s, err := New(o).newScrubber(how)
+	b.must(err)
+	defer s.close()
+	s.pass(t.Context())
+	if len(s.state.Damaged) != 1 || b.has(dir, id) == "" {
+		t.Fatalf("it is held: %+v, left is %q", s.state, b.has(dir, id))
+	}
+	s.again(t.Context())
+	left := int(how.Rate.Tokens())
+	for range 3 {
+		s.again(t.Context())
+	}
+	if now := int(how.Rate.Tokens()); now != left {
+		t.Errorf("%d bytes were read again", left-now)
+	}
+	if len(s.state.Damaged) != 1 || b.has(dir, id) == "" {
+		t.Fatalf("it is held: %+v, left is %q", s.state, b.has(dir, id))
+	}
+	b.must(holder.Close())
+	s.again(t.Context())
+	if len(s.state.Damaged) != 0 || b.has(dir, id) != "" {
+		t.Errorf("it was let go: %+v, left is %q", s.state, b.has(dir, id))
+	}
+}
+
 // nydusd may have repaired it by then, and what no image has any more is not scrubbed.
 func TestScrubForgets(t *testing.T) {
 	for what, end := range map[string]func(b *bed, dir, id string, at int64, image string){

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 )
 
 const (
@@ -115,16 +117,16 @@ func (s *ScrubState) write(root string) (err error) {
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(root, scrubTemporary+"*")
+	f, err := proof.NewDraft(filepath.Join(root, scrubName), scrubTemporary)
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(append(text, '\n'))
 	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(f.Name(), filepath.Join(root, scrubName))
+		err = f.Place()
 	}
 	if err != nil {
-		return errors.Join(err, os.Remove(f.Name()))
+		return errors.Join(err, f.Discard())
 	}
 	dir, err := os.Open(root)
 	if err != nil {

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"math"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -269,20 +268,18 @@ func (w *sweep) excess() (int64, error) {
 		}
 		return usage - low.Bytes, nil
 	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(filepath.Join(w.o.Root, "cache"), &st); errors.Is(err, fs.ErrNotExist) {
-		return 0, nil
-	} else if err != nil {
-		return 0, fmt.Errorf("learn how full the disk is: %w", err)
+	if len(w.dirs) == 0 {
+		return 0, nil // there is nothing that could go
 	}
-	// As df has it: what root alone may use is not there.
-	used := int64(st.Blocks-st.Bfree) * st.Bsize
-	all := used + int64(st.Bavail)*st.Bsize
+	disk, err := w.disk()
+	if err != nil {
+		return 0, err
+	}
 	over := func(m Mark) int64 {
 		if m.Part == 0 {
 			return usage - m.Bytes
 		}
-		return used - int64(math.Floor(m.Part*float64(all)))
+		return disk.used - int64(math.Floor(m.Part*float64(disk.size)))
 	}
 	if over(w.o.High) <= 0 {
 		return 0, nil

@@ -76,8 +76,8 @@ func (c *Cache) syncCache(ctx context.Context, cacheDir string, out *Synced) err
 	return errors.Join(errs...)
 }
 
-// RunSync syncs now and every interval, and once more at the end of ctx, for which it takes
-// no longer than last. What fails is logged, each failure once, and tried again.
+// RunSync syncs now and every interval, and once more at the end of ctx: after last it
+// begins with no further blob then. What fails is logged, each failure once, and tried again.
 func (c *Cache) RunSync(ctx context.Context, interval, last time.Duration) error {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()

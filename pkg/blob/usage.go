@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
@@ -23,22 +23,11 @@ func (c *Cache) Usage(dir, id string) (n int64, err error) {
 	if !rafs.IsID(id) {
 		return 0, fmt.Errorf("usage of blob %.80q: its id is not 64 lowercase hex digits", id)
 	}
-	dirs := []string{dir}
-	for _, pattern := range []string{"*", "*/*"} {
-		private, err := filepath.Glob(filepath.Join(dir, "private", pattern))
-		if err != nil {
-			return 0, fmt.Errorf("usage of blob %s: %w", id, err)
-		}
-		dirs = append(dirs, private...)
+	dirs, err := instance.CacheDirs(dir)
+	if err != nil {
+		return 0, fmt.Errorf("usage of blob %s: %w", id, err)
 	}
 	for _, dir := range dirs {
-		info, err := os.Lstat(dir)
-		if errors.Is(err, fs.ErrNotExist) || err == nil && !info.IsDir() {
-			continue
-		}
-		if err != nil {
-			return 0, fmt.Errorf("usage of blob %s: %w", id, err)
-		}
 		b, err := lookup(dir, id)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue

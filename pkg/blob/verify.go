@@ -126,7 +126,7 @@ func distinct(all []*source) []*source {
 			list = append(list, s) // and tell then
 			continue
 		}
-		id, err := identify(f)
+		id, err := proof.Stat(f)
 		f.Close()
 		if n := (name{id, s.dir}); err != nil || !seen[n] {
 			seen[n] = true
@@ -169,15 +169,11 @@ func (s *source) tables() (tables []rafs.ChunkTable, version string, err error) 
 		return nil, "", err
 	}
 	defer f.Close()
-	id, err := identify(f)
+	boot, size, err := rafs.OpenFile(f)
 	if err != nil {
 		return nil, "", err
 	}
-	boot, err := rafs.Open(f, id.Size)
-	if err != nil {
-		return nil, "", err
-	}
-	tables, err = rafs.Chunks(f, id.Size, maxChunks)
+	tables, err = rafs.Chunks(f, size, maxChunks)
 	return tables, boot.Version, err
 }
 
@@ -235,13 +231,7 @@ func (v *verifying) blob(ctx context.Context, b *cached, t *rafs.ChunkTable, ver
 }
 
 func openData(b *cached) (*os.File, error) {
-	path := filepath.Join(b.dir.path, proof.DataName(b.id))
-	// To verify is not to use.
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOATIME, 0)
-	if errors.Is(err, unix.EPERM) {
-		return os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	}
-	return f, err
+	return proof.OpenQuiet(filepath.Join(b.dir.path, proof.DataName(b.id)))
 }
 
 // chunks compares those that are there and were not compared for another image.
@@ -337,11 +327,11 @@ func (v *verifying) advance(o *verdict) {
 	}
 }
 
-// disprove takes the proofs of images away that have a blob which is wrong, also when it
-// stays: a disk that returns other bytes than before leaves the times alone which a proof
-// tells.
+// disprove takes the proofs of images away that have a blob which is wrong and stays: a disk
+// that returns other bytes than before leaves the times alone which a proof tells. They go with
+// one that is removed.
 func disprove(o *verdict) error {
-	if o.b.dir.lock != "" {
+	if o.Evicted || o.b.dir.lock != "" {
 		return nil // none is in a private directory
 	}
 	return proof.Remove(o.b.dir.path, o.ID)

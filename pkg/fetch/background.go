@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"slices"
+	"sync"
 	"time"
 )
 
@@ -48,8 +49,9 @@ type Background struct {
 	Proc string
 	Now  func() time.Time
 	// The following are how long and how often; 0 for the defaults. Look is how often
-	// it is seen what daemons fetch while something is, or waits to be, completed; List
-	// how often images are listed while there are candidates, and Sleep while there are none; Quiet is how long nothing may have been
+	// it is seen what daemons fetch while something is being completed, or waits for them;
+	// List how often that is done otherwise, and images are listed, while there are
+	// candidates, and Sleep while there are none. Quiet is how long nothing may have been
 	// fetched for an image that is Idle, and Yield how long for any.
 	Look, List, Sleep, Quiet, Yield time.Duration
 
@@ -57,6 +59,7 @@ type Background struct {
 	listed time.Time
 	list   []Candidate
 	later  map[string]later
+	told   string // what was told last that could not be listed
 	// running is what is being completed, nil for nothing.
 	running *running
 }
@@ -183,10 +186,14 @@ func (b *Background) step(ctx context.Context) time.Duration {
 // refresh lists the candidates.
 func (b *Background) refresh(now time.Time) {
 	all, err := b.Images()
+	fault := ""
 	if err != nil {
+		fault = err.Error()
+	}
+	if fault != "" && fault != b.told {
 		b.Log.Warn("list images to complete", "error", err)
 	}
-	b.listed = now
+	b.told, b.listed = fault, now
 	b.list = slices.DeleteFunc(all, func(c Candidate) bool { return c.Policy != Idle && c.Policy != Always })
 	known := make(map[string]later, len(b.list))
 	for i := range b.list {
@@ -203,10 +210,11 @@ func (b *Background) begin(ctx context.Context, now time.Time, servers []Server)
 	for _, s := range servers {
 		mounted[s.Instance] = true
 	}
+	room := sync.OnceValues(b.Room) // it may have to look at all of the cache
 	for _, first := range []bool{true, false} {
 		for i := range b.list {
 			c := b.list[i]
-			if mounted[c.Instance] != first || now.Before(b.later[c.key()].at) || !b.wanted(now, c) {
+			if mounted[c.Instance] != first || now.Before(b.later[c.key()].at) || !b.wanted(now, c, room) {
 				continue
 			}
 			b.start(ctx, now, c)
@@ -217,7 +225,7 @@ func (b *Background) begin(ctx context.Context, now time.Time, servers []Server)
 
 // wanted tells whether an image is to be completed now; otherwise it is noted when to ask
 // again.
-func (b *Background) wanted(now time.Time, c Candidate) bool {
+func (b *Background) wanted(now time.Time, c Candidate, room func() (int64, error)) bool {
 	put := func(after time.Duration, why string) bool {
 		l := b.later[c.key()]
 		if why != "" && why != l.why {
@@ -243,12 +251,12 @@ func (b *Background) wanted(now time.Time, c Candidate) bool {
 	if need == 0 {
 		return true // to be proven
 	}
-	room, err := b.Room()
+	left, err := room()
 	if err != nil {
 		b.fail(now, c, err)
 		return false
 	}
-	if need > room {
+	if need > left {
 		return put(firstRetry, "there is no room for it in the cache")
 	}
 	return true

@@ -197,14 +197,19 @@ func TestBackgroundYields(t *testing.T) {
 func TestBackgroundRoom(t *testing.T) {
 	c := named(candidate(t, Always, 0), "big")
 	full := named(candidate(t, Always, many), "there")
-	w := newWatched(t, c, full)
+	w := newWatched(t, c, named(candidate(t, Always, 0), "big, too"), full)
+	asked, room := 0, w.Room
+	w.Room = func() (int64, error) { asked++; return room() }
 	w.room = -1
 	w.after(0)
 	w.wants("there") // which takes none
+	if asked != 1 {
+		t.Errorf("it is asked %d times at once how much room there is", asked)
+	}
 	w.ends(outcome{})
 	w.after(time.Minute)
 	w.wants("")
-	if strings.Count(w.log.String(), "no room") != 1 {
+	if strings.Count(w.log.String(), "no room") != 2 {
 		t.Errorf("log: %s", &w.log)
 	}
 	w.room = 1 << 40
@@ -262,5 +267,26 @@ func TestBackgroundRun(t *testing.T) {
 	must(t, <-done)
 	if w.running != nil {
 		t.Error("something goes on")
+	}
+}
+
+// TestBackgroundTellsOnce lists again and again what cannot be read.
+func TestBackgroundTellsOnce(t *testing.T) {
+	w := newWatched(t, named(candidate(t, Always, 0), "a"))
+	fault := errors.New("a layer is broken")
+	list := w.Images
+	w.Images = func() ([]Candidate, error) { all, _ := list(); return all, fault }
+	w.after(0)
+	w.wants("a")
+	w.after(time.Hour)
+	if n := strings.Count(w.log.String(), "a layer is broken"); n != 1 {
+		t.Errorf("it is told %d times: %s", n, &w.log)
+	}
+	fault = nil
+	w.after(time.Hour)
+	fault = errors.New("a layer is broken")
+	w.after(time.Hour)
+	if n := strings.Count(w.log.String(), "a layer is broken"); n != 2 {
+		t.Errorf("after it was mended it is told %d times: %s", n, &w.log)
 	}
 }

@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"strings"
 	"time"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
 // Daemon is a nydusd that fetches all of an image.
@@ -73,7 +76,11 @@ func (f Fetcher) withDefaults() Fetcher {
 // set, is told what there is whenever that was looked at. The state is there after an error,
 // too, as far as it is known.
 func (f Fetcher) Fetch(ctx context.Context, im Image, tell func(State)) (State, error) {
-	s, err := Look(im)
+	blobs, err := blobsOf(im)
+	if err != nil {
+		return nil, err
+	}
+	s, err := look(im.CacheDir, blobs)
 	if err != nil {
 		return nil, err
 	}
@@ -81,7 +88,7 @@ func (f Fetcher) Fetch(ctx context.Context, im Image, tell func(State)) (State, 
 		tell = func(State) {}
 	}
 	tell(s)
-	r := &run{Fetcher: f.withDefaults(), im: im, tell: tell, state: s, pace: pace{rate: f.Rate, from: s.Done(), since: time.Now()}}
+	r := &run{Fetcher: f.withDefaults(), im: im, blobs: blobs, tell: tell, state: s, pace: pace{rate: f.Rate, from: s.Done(), since: time.Now()}}
 	for got := 0; !r.state.Complete(); {
 		before := r.state.Ready()
 		why, err := r.daemon(ctx)
@@ -108,6 +115,7 @@ func (f Fetcher) Fetch(ctx context.Context, im Image, tell func(State)) (State, 
 type run struct {
 	Fetcher
 	im    Image
+	blobs []rafs.Blob
 	tell  func(State)
 	state State
 	pace  pace
@@ -217,7 +225,10 @@ func (w *watch) see(now time.Time, ready int, turns uint64) {
 const fewTurns = 3
 
 func (r *run) look() error {
-	s, err := Look(r.im)
+	if _, err := os.Lstat(r.im.Bootstrap); err != nil {
+		return fmt.Errorf("look for bootstrap: %w", err) // nobody wants a removed image
+	}
+	s, err := look(r.im.CacheDir, r.blobs)
 	if err != nil {
 		return err
 	}

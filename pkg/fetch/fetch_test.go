@@ -226,7 +226,7 @@ func TestFetchSlowly(t *testing.T) {
 		put = many
 		return false
 	}}
-	r := &run{Fetcher: s.fetcher(d).withDefaults(), im: s.im, tell: func(State) {}, state: s.state()}
+	r := &run{Fetcher: s.fetcher(d).withDefaults(), im: s.im, blobs: s.Head.Blobs, tell: func(State) {}, state: s.state()}
 	r.pace = pace{rate: 1, since: time.Now().Add(-time.Hour), from: -leastAhead}
 	why, err := r.daemon(t.Context())
 	if err != nil || why != ahead {

@@ -106,10 +106,15 @@ func Look(im Image) (State, error) {
 	if err != nil {
 		return nil, err
 	}
+	return look(im.CacheDir, blobs)
+}
+
+// look is Look for an image that has these blobs.
+func look(dir string, blobs []rafs.Blob) (_ State, err error) {
 	s := make(State, 0, len(blobs))
 	for i := range blobs {
 		b := Blob{ID: blobs[i].ID, Chunks: int(blobs[i].ChunkCount), Size: int64(blobs[i].CompressedSize), Raw: int64(blobs[i].UncompressedSize)}
-		if b.Ready, err = ready(im.CacheDir, &blobs[i]); err != nil {
+		if b.Ready, err = ready(dir, &blobs[i]); err != nil {
 			return nil, err
 		}
 		s = append(s, b)
@@ -119,18 +124,9 @@ func Look(im Image) (State, error) {
 
 // blobsOf reads which blobs the image has.
 func blobsOf(im Image) ([]rafs.Blob, error) {
-	f, err := proof.OpenRegular(im.Bootstrap)
+	b, err := rafs.ReadFile(im.Bootstrap)
 	if err != nil {
-		return nil, fmt.Errorf("open bootstrap: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("open bootstrap: %w", err)
-	}
-	b, err := rafs.Open(f, info.Size())
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", im.Bootstrap, err)
+		return nil, err
 	}
 	for i := range b.Blobs {
 		if b.Version == rafs.V5 && b.Blobs[i].ChunkCount == 0 {

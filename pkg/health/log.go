@@ -13,6 +13,7 @@ import (
 	"syscall"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
 // Log follows what a daemon writes. It is not for use by several goroutines at
@@ -146,7 +147,8 @@ func (l *Log) take(line string) {
 	case strings.Contains(line, tried):
 		_, rest, _ := strings.Cut(line, tried)
 		blob, _, _ := strings.Cut(rest, " ")
-		if isBlob(blob) && !slices.Contains(l.tries, blob) {
+		// What stands in a log may be an image's doing.
+		if rafs.IsID(blob) && !slices.Contains(l.tries, blob) {
 			l.tries = append(l.tries, blob)
 		}
 	case strings.Contains(line, givenUp) && !strings.Contains(line, notAtEnd):
@@ -160,18 +162,4 @@ func (l *Log) take(line string) {
 func (l *Log) begins(line string) bool {
 	_, text, _ := strings.Cut(line, "] INFO ")
 	return strings.HasPrefix(line, "[") && strings.HasPrefix(text, l.starts)
-}
-
-// isBlob tells whether a text is a blob's id. What stands in a log may be an
-// image's doing.
-func isBlob(s string) bool {
-	if len(s) != 64 {
-		return false
-	}
-	for _, c := range s {
-		if (c < '0' || c > '9') && (c < 'a' || c > 'f') {
-			return false
-		}
-	}
-	return true
 }

@@ -14,13 +14,13 @@ import (
 
 // board gives the image a berth in its pool and makes it the current generation.
 // Nothing of the image reaches the pool before it was checked.
-func (i *Instance) board(ctx context.Context, s Spec) (err error) {
-	l := &launch{spec: s, inst: i}
+func (i *Instance) board(ctx context.Context, s Spec, boot *bootstrap) (err error) {
+	l := &launch{spec: s, inst: i, boot: boot}
 	defer l.release()
 	if err := l.image(); err != nil {
 		return errors.Join(err, i.removeBootstrap())
 	}
-	if err := l.checked(ctx); err != nil {
+	if err := boot.check(ctx); err != nil {
 		return errors.Join(err, i.removeBootstrap())
 	}
 	pool, err := openPool(ctx, s)

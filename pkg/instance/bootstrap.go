@@ -19,29 +19,65 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
-// maxBootstrap bounds a bootstrap's size in bytes. Millions of files take less.
-const maxBootstrap = 1 << 30
+// bootstrap is the image's metadata file. A start reads it once, whichever ways it tries; the
+// zero value is one that no start has wanted yet.
+type bootstrap struct {
+	file *os.File
+	head *rafs.Bootstrap
+	// checked is closed once err tells what the digest of the content says.
+	checked chan struct{}
+	err     error
+}
 
-// linkBootstrap gives the bootstrap a second name at dst, after its blob table
-// was found harmless. The content's digest is checked meanwhile: the channel
-// tells, once, before anything may be mounted on the daemon's filesystem.
-func linkBootstrap(s Spec, dst string) (<-chan error, error) {
+// open opens the file, after its blob table was found harmless, and begins to check its
+// digest.
+func (b *bootstrap) open(s Spec) error {
+	if b.file != nil {
+		return nil
+	}
 	f, err := openBootstrap(s)
 	if err != nil {
-		return nil, fmt.Errorf("open bootstrap: %w", err)
+		return fmt.Errorf("open bootstrap: %w", err)
 	}
-	if err := checkBootstrap(f); err != nil {
-		return nil, errors.Join(fmt.Errorf("bootstrap %s: %w", s.Bootstrap, err), f.Close())
+	// nydusd must not be given just any: its blob ids become file names.
+	if b.head, _, err = rafs.OpenFile(f); err != nil {
+		return errors.Join(fmt.Errorf("bootstrap %s: %w", s.Bootstrap, err), f.Close())
 	}
-	if err := linkFile(f, dst); err != nil {
-		return nil, errors.Join(fmt.Errorf("link bootstrap %s to %s: %w", s.Bootstrap, dst, err), f.Close())
-	}
-	digest := make(chan error, 1)
+	b.file, b.checked = f, make(chan struct{})
 	go func() {
-		defer f.Close()
-		digest <- checkDigest(f, s)
+		defer close(b.checked)
+		b.err = checkDigest(f, s)
 	}()
-	return digest, nil
+	return nil
+}
+
+// link gives the file a second name at dst.
+func (b *bootstrap) link(s Spec, dst string) error {
+	if err := b.open(s); err != nil {
+		return err
+	}
+	if err := linkFile(b.file, dst); err != nil {
+		return fmt.Errorf("link bootstrap %s to %s: %w", s.Bootstrap, dst, err)
+	}
+	return nil
+}
+
+// check waits for what the digest says, which is to be known before anything may be mounted
+// that comes of the file.
+func (b *bootstrap) check(ctx context.Context) error {
+	select {
+	case <-b.checked:
+		return b.err
+	case <-ctx.Done():
+		return fmt.Errorf("check bootstrap: %w", context.Cause(ctx))
+	}
+}
+
+// close ends a check that nobody waits for.
+func (b *bootstrap) close() {
+	if b.file != nil {
+		b.file.Close()
+	}
 }
 
 // openBootstrap opens the file without following symbolic links and without
@@ -67,23 +103,6 @@ func openBootstrap(s Spec) (*os.File, error) {
 		return nil, &os.PathError{Op: "openat2", Path: s.Bootstrap, Err: err}
 	}
 	return os.NewFile(uintptr(fd), s.Bootstrap), nil
-}
-
-// checkBootstrap refuses what nydusd must not be given: its blob ids become
-// file names.
-func checkBootstrap(f *os.File) error {
-	info, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if !info.Mode().IsRegular() {
-		return fmt.Errorf("not a regular file (%s)", info.Mode().Type())
-	}
-	if info.Size() > maxBootstrap {
-		return fmt.Errorf("%d bytes are more than a bootstrap may have (%d)", info.Size(), maxBootstrap)
-	}
-	_, err = rafs.Open(f, info.Size())
-	return err
 }
 
 func linkFile(f *os.File, dst string) error {

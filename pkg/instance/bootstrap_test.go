@@ -13,6 +13,9 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof/prooftest"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
 func TestClaim(t *testing.T) {
@@ -35,7 +38,7 @@ func TestClaim(t *testing.T) {
 func TestClaimAtOnce(t *testing.T) {
 	for range 50 {
 		dir := t.TempDir()
-		must(t, os.WriteFile(filepath.Join(dir, ".new-left-by-a-killed-one"), nil, 0o600))
+		must(t, os.WriteFile(filepath.Join(dir, ".new-origin.json-left-by-a-killed-one"), nil, 0o600))
 		errs := make([]error, 16)
 		var wg sync.WaitGroup
 		start := make(chan struct{})
@@ -124,7 +127,7 @@ func TestOpenBootstrap(t *testing.T) {
 	must(t, unix.Mkfifo(root+"/fifo", 0o600))
 	f, err := openBootstrap(Spec{Root: root, Bootstrap: root + "/fifo"})
 	must(t, err)
-	if err := checkBootstrap(f); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+	if _, _, err := rafs.OpenFile(f); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("a FIFO: %v", err)
 	}
 	must(t, f.Close())
@@ -142,6 +145,52 @@ func TestCheckDigest(t *testing.T) {
 	err = checkDigest(f, Spec{Bootstrap: path, BootstrapDigest: "sha256:0"})
 	if err == nil || !strings.Contains(err.Error(), right) || !strings.Contains(err.Error(), "expected sha256:0") {
 		t.Errorf("of another file: %v", err)
+	}
+}
+
+// TestBootstrapOnce: a start that tries another way does not read the file again.
+func TestBootstrapOnce(t *testing.T) {
+	dir := t.TempDir()
+	im := prooftest.New(t, "../blobcheck/testdata", "v6-merged", dir)
+	s := Spec{Root: dir, Bootstrap: im.Bootstrap, BootstrapDigest: im.Digest}
+	var b bootstrap
+	defer b.close()
+	must(t, b.link(s, dir+"/one"))
+	must(t, b.check(t.Context()))
+	if len(b.head.Blobs) != len(im.Head.Blobs) {
+		t.Errorf("it has %d blobs, want %d", len(b.head.Blobs), len(im.Head.Blobs))
+	}
+	must(t, os.Remove(dir+"/one"))
+	must(t, os.WriteFile(im.Bootstrap, []byte("something else"), 0o600))
+	must(t, b.link(s, dir+"/two"))
+	must(t, b.check(t.Context()))
+	one, err := os.Stat(im.Bootstrap)
+	must(t, err)
+	two, err := os.Stat(dir + "/two")
+	must(t, err)
+	if !os.SameFile(one, two) {
+		t.Error("the second link is another file")
+	}
+	// Another start looks anew.
+	var other bootstrap
+	defer other.close()
+	if err := other.link(s, dir+"/three"); err == nil {
+		t.Error("the next start did not look at the file")
+	}
+}
+
+// TestBootstrapDigest tells of a wrong digest each time.
+func TestBootstrapDigest(t *testing.T) {
+	dir := t.TempDir()
+	im := prooftest.New(t, "../blobcheck/testdata", "v6-merged", dir)
+	s := Spec{Root: dir, Bootstrap: im.Bootstrap, BootstrapDigest: "sha256:0"}
+	var b bootstrap
+	defer b.close()
+	for range 2 {
+		must(t, b.link(s, dir+"/link"))
+		if err := b.check(t.Context()); err == nil || !strings.Contains(err.Error(), im.Digest) {
+			t.Errorf("%v", err)
+		}
 	}
 }
 

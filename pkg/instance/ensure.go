@@ -16,12 +16,12 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/thread"
 )
 
-// DefaultStartTimeout bounds a daemon's start when the spec does not.
-const DefaultStartTimeout = 10 * time.Second
+// defaultStartTimeout bounds a daemon's start when the spec does not.
+const defaultStartTimeout = 10 * time.Second
 
-// DefaultHangTimeout is how long an instance that serves others may take to answer
+// defaultHangTimeout is how long an instance that serves others may take to answer
 // when the spec does not say. Its threads may all be waiting for a slow registry.
-const DefaultHangTimeout = 10 * time.Second
+const defaultHangTimeout = 10 * time.Second
 
 // retireWait is how long a daemon whose last mount is just going away may take
 // until a successor that cannot share its cache directory gives up waiting.
@@ -70,10 +70,10 @@ type Spec struct {
 // is used as it is. On error everything that was begun is undone.
 func Ensure(ctx context.Context, s Spec) (*Instance, error) {
 	if s.Daemon.StartTimeout <= 0 {
-		s.Daemon.StartTimeout = DefaultStartTimeout
+		s.Daemon.StartTimeout = defaultStartTimeout
 	}
 	if s.Daemon.HangTimeout <= 0 {
-		s.Daemon.HangTimeout = DefaultHangTimeout
+		s.Daemon.HangTimeout = defaultHangTimeout
 	}
 	if err := SetupRunDir(s.RunDir); err != nil {
 		return nil, err
@@ -221,8 +221,10 @@ func (i *Instance) start(ctx context.Context, s Spec) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, s.Daemon.StartTimeout, fmt.Errorf("not within %s", s.Daemon.StartTimeout))
 	defer cancel()
 	i.describe(s)
+	boot := &bootstrap{}
+	defer boot.close()
 	if s.Driver == mountspec.DriverAuto || s.Driver == mountspec.DriverEROFS {
-		err := i.daemonless(ctx, s)
+		err := i.daemonless(ctx, s, boot)
 		if err != nil && s.IDMapped {
 			return unmappable(err)
 		}
@@ -235,9 +237,9 @@ func (i *Instance) start(ctx context.Context, s Spec) error {
 		return unmappable(fmt.Errorf("driver %q wants a nydusd", s.Driver))
 	}
 	if s.shared() {
-		return i.board(ctx, s)
+		return i.board(ctx, s, boot)
 	}
-	l := &launch{spec: s, inst: i}
+	l := &launch{spec: s, inst: i, boot: boot}
 	return l.bringUp(ctx)
 }
 

@@ -48,7 +48,7 @@ func StageDir(root, key string) string {
 // their names in StageDir. The error wraps ErrHeld when another process has it.
 func NewHold(ctx context.Context, s Spec, files map[string]string) (*Hold, error) {
 	if s.Daemon.StartTimeout <= 0 {
-		s.Daemon.StartTimeout = DefaultStartTimeout
+		s.Daemon.StartTimeout = defaultStartTimeout
 	}
 	s.Driver, s.Daemon.Mode, s.held = mountspec.DriverFUSE, mountspec.ModeDedicated, true
 	if err := SetupRunDir(s.RunDir); err != nil {
@@ -94,7 +94,9 @@ func (h *Hold) begin(ctx context.Context, s Spec, files map[string]string) error
 		return err
 	}
 	h.from = sizeOf(h.log)
-	l := &launch{spec: s, inst: h.inst}
+	boot := &bootstrap{}
+	defer boot.close()
+	l := &launch{spec: s, inst: h.inst, boot: boot}
 	if err := l.bringUp(ctx); err != nil {
 		return err
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,8 +31,8 @@ func (g *Generation) driver() mountspec.Driver {
 }
 
 // daemonless is mountProven, and leaves a verdict when it fails for a reason that stays.
-func (i *Instance) daemonless(ctx context.Context, s Spec) error {
-	err := i.mountProven(ctx, s)
+func (i *Instance) daemonless(ctx context.Context, s Spec, boot *bootstrap) error {
+	err := i.mountProven(ctx, s, boot)
 	if err == nil {
 		return nil
 	}
@@ -45,8 +44,8 @@ func (i *Instance) daemonless(ctx context.Context, s Spec) error {
 
 // mountProven brings up the next generation without a daemon, or leaves nothing. The error
 // wraps proof.ErrNotProven when the cache is the reason.
-func (i *Instance) mountProven(ctx context.Context, s Spec) error {
-	l := &launch{spec: s, inst: i}
+func (i *Instance) mountProven(ctx context.Context, s Spec, boot *bootstrap) error {
+	l := &launch{spec: s, inst: i, boot: boot}
 	defer l.release()
 	if err := l.makeDisk(); err != nil {
 		return err
@@ -77,7 +76,7 @@ func (i *Instance) mappable(s Spec) error {
 	if s.Driver != mountspec.DriverAuto && s.Driver != mountspec.DriverEROFS {
 		return unmappable(fmt.Errorf("driver %q wants a nydusd", s.Driver))
 	}
-	head, err := readHead(BootstrapPath(&i.rec))
+	head, err := rafs.ReadFile(BootstrapPath(&i.rec))
 	if err != nil {
 		return unmappable(err)
 	}
@@ -98,12 +97,7 @@ func unmappable(err error) error {
 // withoutDaemon mounts the image through the kernel.
 func (l *launch) withoutDaemon(ctx context.Context, rec *proof.Record) error {
 	s := l.spec
-	var err error
-	if l.digest, err = linkBootstrap(s, l.disk.bootstrap()); err != nil {
-		return err
-	}
-	head, err := readHead(l.disk.bootstrap())
-	if err != nil {
+	if err := l.boot.link(s, l.disk.bootstrap()); err != nil {
 		return err
 	}
 	if err := l.begin(""); err != nil {
@@ -112,13 +106,13 @@ func (l *launch) withoutDaemon(ctx context.Context, rec *proof.Record) error {
 	if err := l.passCache(ctx); err != nil {
 		return err
 	}
-	proven, err := rec.Open(s.CacheDir, head)
+	proven, err := rec.Open(s.CacheDir, l.boot.head)
 	if err != nil {
 		return err
 	}
 	defer proven.Close()
 	// The kernel is given no metadata that is not the image's.
-	if err := l.checked(ctx); err != nil {
+	if err := l.boot.check(ctx); err != nil {
 		return err
 	}
 	if err := rootfs.EROFS(l.gen.Mountpoint, l.disk.bootstrap(), proven.Files); err != nil {
@@ -164,23 +158,6 @@ func readMetadataAhead(g *Generation) {
 		_ = unix.Fadvise(int(f.Fd()), 0, metadataAhead, unix.FADV_WILLNEED)
 		f.Close()
 	}
-}
-
-func readHead(path string) (*rafs.Bootstrap, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("open bootstrap: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("open bootstrap: %w", err)
-	}
-	head, err := rafs.Open(f, info.Size())
-	if err != nil {
-		return nil, fmt.Errorf("bootstrap %s: %w", path, err)
-	}
-	return head, nil
 }
 
 // outlived tells whether a generation's filesystem is gone although its device number is in

@@ -95,8 +95,8 @@ type launch struct {
 	gen       Generation
 	dir       genDir
 	disk      diskDir
-	digest    <-chan error
-	cacheDir  string // where the daemon keeps what it fetches
+	boot      *bootstrap // nil for a shared one
+	cacheDir  string     // where the daemon keeps what it fetches
 	cacheLock *os.File
 	log       *os.File
 	logStart  int64 // what stands before it in the log is not this daemon's
@@ -169,7 +169,7 @@ func (l *launch) makeDisk() error {
 func (l *launch) image() error {
 	err := l.makeDisk()
 	if err == nil {
-		l.digest, err = linkBootstrap(l.spec, l.disk.bootstrap())
+		err = l.boot.link(l.spec, l.disk.bootstrap())
 	}
 	if err != nil {
 		return err
@@ -283,29 +283,16 @@ func (l *launch) run(ctx context.Context) error {
 	if err := rootfs.Private(l.gen.Mountpoint); err != nil {
 		return err
 	}
-	if err := l.checked(ctx); err != nil {
-		return err
-	}
 	if l.shared {
-		if err := l.listens(ctx); err != nil {
-			return err
-		}
+		err = l.listens(ctx)
+	} else {
+		err = l.boot.check(ctx)
+	}
+	if err != nil {
+		return err
 	}
 	l.gen.PID, l.gen.StartTime, l.gen.Dev, l.gen.Ready = l.proc.PID, l.proc.StartTime, m.Dev, true
 	return l.inst.write()
-}
-
-// checked waits for what the digest of the bootstrap says, if there is one.
-func (l *launch) checked(ctx context.Context) error {
-	if l.digest == nil {
-		return nil
-	}
-	select {
-	case err := <-l.digest:
-		return err
-	case <-ctx.Done():
-		return fmt.Errorf("check bootstrap: %w", context.Cause(ctx))
-	}
 }
 
 // mounted waits for the daemon's mount to appear.

@@ -33,24 +33,12 @@ type Reader struct {
 // appears here before it passes that lock, and it passes before anything of it opens a
 // blob. An error means that the list may lack some.
 func Readers(runDir string) ([]Reader, error) {
-	keys, err := Keys(runDir)
-	if err != nil {
-		return nil, err
-	}
+	records, err := Records(runDir)
 	var list []Reader
-	var errs []error
-	for _, key := range keys {
-		rec, err := ReadRecord(runDir, key)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // just beginning, or just gone
-		}
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		list = append(list, rec.readers(dirOf(runDir, key))...)
+	for _, rec := range records {
+		list = append(list, rec.readers(dirOf(runDir, rec.Key))...)
 	}
-	return list, errors.Join(errs...)
+	return list, err
 }
 
 func (r *Record) readers(d dir) []Reader {

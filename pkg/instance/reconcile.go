@@ -399,7 +399,7 @@ func (r *Reconciler) finishRemovals() {
 // as after a reboot: the bootstrap at once, the log when it is old.
 func (r *Reconciler) pruneDisk(ctx context.Context) {
 	r.pruned = r.cfg.Now()
-	if err := pruneNotes(r.cfg.RunDir, r.cfg.Root); err != nil {
+	if err := pruneNotes(r.cfg.RunDir); err != nil {
 		r.cfg.Log.Error("remove notes about cache directories that are gone", "error", err)
 	}
 	entries, err := os.ReadDir(DiskDir(r.cfg.Root))

@@ -403,3 +403,24 @@ func ReadRecord(runDir, key string) (*Record, error) {
 	}
 	return &i.rec, nil
 }
+
+// Records reads those of all instances of a run directory, as ReadRecord does. An error means
+// that the list may lack some.
+func Records(runDir string) ([]*Record, error) {
+	keys, err := Keys(runDir)
+	if err != nil {
+		return nil, err
+	}
+	list := make([]*Record, 0, len(keys))
+	var errs []error
+	for _, key := range keys {
+		rec, err := ReadRecord(runDir, key)
+		switch {
+		case err == nil:
+			list = append(list, rec)
+		case !errors.Is(err, fs.ErrNotExist): // just beginning, or just gone
+			errs = append(errs, err)
+		}
+	}
+	return list, errors.Join(errs...)
+}

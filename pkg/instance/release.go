@@ -91,7 +91,7 @@ const settleWait = 2 * time.Second
 // mounted it looks at its mountpoint once more (2.3 and newer end when that is
 // gone), and only then listens.
 func (i *Instance) settled(g *Generation) error {
-	if g.Socket == "" || time.Since(g.Started) > settleWait+DefaultStartTimeout {
+	if g.Socket == "" || time.Since(g.Started) > settleWait+defaultStartTimeout {
 		return nil
 	}
 	p, err := i.dir.daemon(g)

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/chunkmap"
+	"github.com/nydusfs/nydus-snapshotter/pkg/nydusd"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
@@ -29,10 +30,7 @@ const (
 // reserve makes room for what nydusd maps of an image's blobs, without changing the size
 // of any file: one that is empty is still one that nydusd is to make.
 func (l *launch) reserve(cacheDir string) error {
-	head, err := readHead(l.disk.bootstrap())
-	if err != nil {
-		return err
-	}
+	head := l.boot.head
 	left := int64(maxReserve)
 	for i := range head.Blobs {
 		for name, size := range mappedFiles(&head.Blobs[i], cacheDir != l.spec.CacheDir) {
@@ -46,6 +44,9 @@ func (l *launch) reserve(cacheDir string) error {
 			}
 		}
 	}
+	if !nydusd.Validates(l.spec.Config) {
+		return nil // then nydusd fetches no digests
+	}
 	if err := roomForDigests(head.Blobs, cacheDir); err != nil {
 		return fmt.Errorf("reserve room for metadata in the cache: %w", err)
 	}
@@ -54,12 +55,13 @@ func (l *launch) reserve(cacheDir string) error {
 
 // roomForDigests looks whether what nydusd fetches to compare chunks with has room. It is
 // written to files that are renamed, so that nothing can be reserved for it; without it
-// every read of the blob fails until nydusd is started anew.
+// every read of the blob fails until nydusd is started anew. (nydus-storage 0.6.2 and 0.7.1,
+// src/cache/filecache/mod.rs: need_validation.)
 func roomForDigests(blobs []rafs.Blob, cacheDir string) error {
 	need := int64(0)
 	for i := range blobs {
 		b := &blobs[i]
-		if b.ListSize == 0 || sizeOf(filepath.Join(cacheDir, b.ID+".blob.digest")) > 0 {
+		if b.ListSize == 0 || !b.Features.Has(rafs.FeatureInlinedDigests) || sizeOf(filepath.Join(cacheDir, b.ID+".blob.digest")) > 0 {
 			continue
 		}
 		// The digests twice, since they are unpacked, with what a file takes beside.

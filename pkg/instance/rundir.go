@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -95,12 +96,15 @@ func checkRunDir(path string) (mounted bool, err error) {
 // openFile opens a file as os.OpenFile does, mode 0600, but without Go's poller,
 // which would be set up for the first file of all: in a mount on a running
 // instance nothing else needs it.
-func openFile(path string, flags int) (*os.File, error) {
+func openFile(path string, flags int) (*os.File, error) { return openAs(path, path, flags) }
+
+// openAs is openFile with another name for errors.
+func openAs(name, path string, flags int) (*os.File, error) {
 	fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+		return nil, &os.PathError{Op: "open", Path: name, Err: err}
 	}
-	return os.NewFile(uintptr(fd), path), nil
+	return os.NewFile(uintptr(fd), name), nil
 }
 
 // readFile is os.ReadFile by openFile.
@@ -113,10 +117,17 @@ func readFile(path string) ([]byte, error) {
 	return io.ReadAll(f)
 }
 
-// writeFile replaces a file so that it is always either the old or the new one.
+// unfinished begins the names of files that are being written, before that of the file they
+// will be: who removes what is left of one leaves those of others alone.
+func unfinished(path string) string {
+	return filepath.Join(filepath.Dir(path), ".new-"+filepath.Base(path)+"-")
+}
+
+// writeFile replaces a file so that it is always either the old or the new one. Errors name
+// it, and not the file that is to become it: the same failure has the same text each time.
 func writeFile(path string, data []byte) (err error) {
-	tmp := filepath.Join(filepath.Dir(path), fmt.Sprintf(".new-%d", rand.Uint64()))
-	f, err := openFile(tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL)
+	tmp := unfinished(path) + strconv.FormatUint(rand.Uint64(), 10)
+	f, err := openAs(path, tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL)
 	if err != nil {
 		return err
 	}
@@ -129,12 +140,15 @@ func writeFile(path string, data []byte) (err error) {
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	return os.Rename(tmp, path)
+	if err := os.Rename(tmp, path); err != nil {
+		return &os.PathError{Op: "rename to", Path: path, Err: errors.Unwrap(err)}
+	}
+	return nil
 }
 
 // readOrWrite returns the content of a file that is written once: text, if it
 // does not exist yet. Of several writers, of other texts too, one wins. It locks
-// the directory meanwhile, and removes what killed writers left there.
+// the directory meanwhile, and removes what killed writers of this file left there.
 func readOrWrite(path string, text []byte) ([]byte, error) {
 	have, err := os.ReadFile(filepath.Clean(path))
 	if !errors.Is(err, os.ErrNotExist) {
@@ -151,7 +165,7 @@ func readOrWrite(path string, text []byte) ([]byte, error) {
 	if have, err := os.ReadFile(filepath.Clean(path)); !errors.Is(err, os.ErrNotExist) {
 		return have, err
 	}
-	left, _ := filepath.Glob(filepath.Join(dir.Name(), ".new-*"))
+	left, _ := filepath.Glob(unfinished(path) + "*")
 	for _, file := range left {
 		os.Remove(file)
 	}

@@ -3,7 +3,6 @@ package instance
 import (
 	"cmp"
 	"errors"
-	"io/fs"
 	"slices"
 	"time"
 
@@ -71,27 +70,16 @@ func (s *Status) Replaceable() bool {
 // seen before or after; one whose record cannot be read is in the error, and the
 // others are returned all the same.
 func List(runDir string) ([]Status, error) {
-	keys, err := Keys(runDir)
-	if err != nil {
-		return nil, err
-	}
 	x, err := readMounts()
 	if err != nil {
 		return nil, err
 	}
+	records, err := Records(runDir)
 	var list []Status
-	var errs []error
-	for _, key := range keys {
-		rec, err := ReadRecord(runDir, key)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // just beginning, or just gone
-		}
-		if err == nil {
-			var more []Status
-			more, err = statusOf(dirOf(runDir, key), rec, x)
-			list = append(list, more...)
-		}
-		errs = append(errs, err)
+	errs := []error{err}
+	for _, rec := range records {
+		more, err := statusOf(dirOf(runDir, rec.Key), rec, x)
+		list, errs = append(list, more...), append(errs, err)
 	}
 	slices.SortFunc(list, func(a, b Status) int {
 		return cmp.Or(cmp.Compare(a.Image, b.Image), cmp.Compare(a.Instance, b.Instance), cmp.Compare(b.Generation, a.Generation))

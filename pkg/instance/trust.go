@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -79,31 +80,32 @@ func trustCache(ctx context.Context, runDir, cacheDir string, out *checkpoint.Re
 	if err != nil {
 		return err
 	}
-	return writeFile(note, []byte(id))
+	return writeFile(note, []byte(noteText(id, cacheDir)))
 }
 
-// pruneNotes removes what is noted about cache directories that are gone.
-func pruneNotes(runDir, root string) error {
-	// Before the directories are listed: whoever makes a directory and a note meanwhile
-	// keeps it.
+// pruneNotes removes what is noted about cache directories that are gone. Other roots may
+// have theirs in the same run directory.
+func pruneNotes(runDir string) error {
 	notes, err := filepath.Glob(filepath.Join(runDir, notePrefix+"*"))
 	if err != nil {
 		return err
 	}
-	top := filepath.Join(root, "cache")
-	entries, err := os.ReadDir(top)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	there := map[string]bool{}
-	for _, e := range entries {
-		there[trustNote(runDir, filepath.Join(top, e.Name()))] = true
-	}
 	var errs []error
 	for _, note := range notes {
-		if !there[note] {
-			errs = append(errs, remove(note))
+		text, err := readFile(note)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
 		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		// One that does not tell its directory nobody trusts.
+		_, cacheDir, told := strings.Cut(string(text), "\n")
+		if _, err := os.Lstat(cacheDir); told && !errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		errs = append(errs, remove(note))
 	}
 	return errors.Join(errs...)
 }
@@ -111,11 +113,15 @@ func pruneNotes(runDir, root string) error {
 // notePrefix begins the names of such notes in the run directory.
 const notePrefix = "cache-"
 
-// trustNote is the file that says that a cache directory was looked at in this boot.
+// trustNote is the file that says that a cache directory was looked at in this boot, by its
+// noteText.
 func trustNote(runDir, cacheDir string) string {
 	sum := sha256.Sum256([]byte(cacheDir))
 	return filepath.Join(runDir, notePrefix+hex.EncodeToString(sum[:8]))
 }
+
+// noteText is the directory's id, a line break, and its path.
+func noteText(id, cacheDir string) string { return id + "\n" + cacheDir }
 
 func trusted(note, cacheDir string) bool {
 	text, err := readFile(note)
@@ -123,7 +129,7 @@ func trusted(note, cacheDir string) bool {
 		return false
 	}
 	id, err := directoryID(cacheDir)
-	return err == nil && string(text) == id
+	return err == nil && string(text) == noteText(id, cacheDir)
 }
 
 // directoryID names the directory: another disk may be mounted there meanwhile.

@@ -75,7 +75,8 @@ func TestTrustCache(t *testing.T) {
 func TestNotesGoWithTheirDirectories(t *testing.T) {
 	root, run := t.TempDir(), t.TempDir()
 	stays, goes := filepath.Join(root, "cache", "stays"), filepath.Join(root, "cache", "goes")
-	for _, dir := range []string{stays, goes} {
+	other := filepath.Join(t.TempDir(), "cache", "other") // another root's, with the same run directory
+	for _, dir := range []string{stays, goes, other} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -86,15 +87,15 @@ func TestNotesGoWithTheirDirectories(t *testing.T) {
 	if err := os.RemoveAll(goes); err != nil {
 		t.Fatal(err)
 	}
-	if err := pruneNotes(run, root); err != nil {
+	if err := pruneNotes(run); err != nil {
 		t.Fatal(err)
 	}
-	for dir, want := range map[string]bool{stays: true, goes: false} {
+	for dir, want := range map[string]bool{stays: true, goes: false, other: true} {
 		if _, err := os.Stat(trustNote(run, dir)); (err == nil) != want {
 			t.Errorf("the note about %s is there: %t, want %t", dir, err == nil, want)
 		}
 	}
-	if err := errors.Join(os.RemoveAll(filepath.Join(root, "cache")), pruneNotes(run, root)); err != nil {
+	if err := errors.Join(os.RemoveAll(filepath.Join(root, "cache")), os.RemoveAll(other), pruneNotes(run)); err != nil {
 		t.Fatal(err)
 	}
 	if left, _ := filepath.Glob(filepath.Join(run, notePrefix+"*")); len(left) > 0 {

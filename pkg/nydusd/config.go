@@ -129,6 +129,25 @@ func BackendOf(config string) (kind string, settings map[string]any, err error) 
 	return kind, settings, err
 }
 
+// Validates tells whether a daemon compares chunks with the digests that lie in their blobs, by
+// a configuration of either version (nydus-api 0.2.2 and 0.4.1, ConfigV2's
+// is_chunk_validation_enabled). One that cannot be read may have it do so.
+func Validates(config string) bool {
+	type section struct {
+		Validate bool `json:"validate"`
+	}
+	var c struct {
+		Device struct {
+			Cache section `json:"cache"`
+		} `json:"device"`
+		DigestValidate bool    `json:"digest_validate"`
+		Cache          section `json:"cache"`
+		RAFS           section `json:"rafs"`
+	}
+	return json.Unmarshal([]byte(config), &c) != nil ||
+		c.Device.Cache.Validate || c.DigestValidate || c.Cache.Validate || c.RAFS.Validate
+}
+
 // holdsSecret looks for secrets. A URL may hold a password.
 func holdsSecret(backend map[string]any) bool {
 	for _, name := range secrets() {

@@ -351,3 +351,20 @@ func TestValidate(t *testing.T) {
 		t.Errorf("%s, %v", got, err)
 	}
 }
+
+func TestValidates(t *testing.T) {
+	for config, want := range map[string]bool{
+		`{"device":{"cache":{"type":"blobcache","validate":true}}}`: true,
+		`{"device":{"cache":{"type":"blobcache"}}}`:                 false,
+		`{"device":{"cache":{"validate":false}}}`:                   false,
+		`{"digest_validate":true}`:                                  true,
+		`{"cache":{"validate":true}}`:                               true,
+		`{"rafs":{"validate":true}}`:                                true,
+		`{}`:                                                        false,
+		`{`:                                                         true,
+	} {
+		if got := Validates(config); got != want {
+			t.Errorf("%s: %v, want %v", config, got, want)
+		}
+	}
+}

@@ -15,8 +15,8 @@
 //   - Only the standard library is linked, so the mount path stays light.
 //
 // It reads of inodes only where their chunks are, and does not prove that the filesystem is sound;
-// nydusd and the kernel do that. Nor does it open files: whoever does must see
-// to it that the file is a regular one at the expected place.
+// nydusd and the kernel do that. [OpenFile] and [ReadFile] see to it that a file is a regular
+// one; that it lies at the expected place is up to whoever opens it.
 //
 // # On-disk format
 //

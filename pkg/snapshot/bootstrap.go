@@ -15,10 +15,6 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
-// MaxBootstrap bounds a bootstrap in bytes. The largest seen have a few hundred
-// MiB, for some millions of files.
-const MaxBootstrap = 1 << 30
-
 // bootstrapPaths are where a bootstrap layer holds its bootstrap, best first.
 func bootstrapPaths() []string { return []string{"image/image.boot", "image.boot"} }
 
@@ -115,15 +111,7 @@ func typeName(mode uint32) string {
 }
 
 func read(f *os.File, path string) (record, error) {
-	info, err := f.Stat()
-	if err != nil {
-		return record{}, err
-	}
-	size := info.Size()
-	if size > MaxBootstrap {
-		return record{}, fmt.Errorf("has %d bytes, more than the limit of %d", size, MaxBootstrap)
-	}
-	boot, err := rafs.Open(f, size)
+	boot, size, err := rafs.OpenFile(f)
 	if err != nil {
 		return record{}, err
 	}

@@ -11,6 +11,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
 // What an image may put where its bootstrap belongs, and what its pull says. A
@@ -55,7 +57,7 @@ func TestHostileBootstrapFailsThePull(t *testing.T) {
 		}, "is a socket"},
 		"huge": {func(t *testing.T, dir string) {
 			place(t, boot(dir), good)
-			must(t, os.Truncate(boot(dir), MaxBootstrap+1))
+			must(t, os.Truncate(boot(dir), rafs.MaxSize+1))
 		}, "more than the limit"},
 		"empty":     {func(t *testing.T, dir string) { place(t, boot(dir), nil) }, "it is empty"},
 		"not RAFS":  {func(t *testing.T, dir string) { place(t, boot(dir), []byte(strings.Repeat("text ", 4000))) }, "not a RAFS bootstrap"},

@@ -589,7 +589,7 @@ func TestBadCommandLine(t *testing.T) {
 		"relative nydusd":    {[]string{"none", target, "-o", options + ",nydusd=nydusd"}, exitUsage, []string{"nydusd=nydusd is not an absolute path"}},
 		"missing bootstrap":  {[]string{"none", target, "-o", swap("bootstrap", "/nowhere/image.boot")}, exitFailure, []string{"open bootstrap", "/nowhere/image.boot", "no such file"}},
 		"no bootstrap":       {[]string{"none", target, "-o", swap("bootstrap", plain)}, exitFailure, []string{"bootstrap " + plain}},
-		"bootstrap a folder": {[]string{"none", target, "-o", swap("bootstrap", "/etc")}, exitFailure, []string{"bootstrap /etc is not a regular file"}},
+		"bootstrap a folder": {[]string{"none", target, "-o", swap("bootstrap", "/etc")}, exitFailure, []string{"bootstrap /etc: ", "not a regular file"}},
 		"missing config":     {[]string{"none", target, "-o", swap("config", "/nowhere/c.json")}, exitFailure, []string{"read configuration", "/nowhere/c.json", "no such file"}},
 		"config is text":     {[]string{"none", target, "-o", swap("config", plain)}, exitFailure, []string{plain, "not a JSON object"}},
 		"config without":     {[]string{"none", target, "-o", swap("config", noBackend)}, exitFailure, []string{noBackend, "names no backend"}},

@@ -1,9 +1,7 @@
 package checkpoint
 
 import (
-	"bytes"
 	"crypto/sha256"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -14,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -26,20 +25,13 @@ const (
 	// Suffix ends the names of checkpoints, behind that of the map.
 	Suffix = ".synced"
 	// temporary begins the names of files that are being written; what a killed writer
-	// left of them is removed by whoever sweeps or claims the directory next.
+	// left of them is removed by a later Take, see tidy.
 	temporary = ".new-"
 	version   = 1
 	idSize    = 64
 	// maxMap bounds a map, maxRecord a checkpoint, in bytes.
-	maxMap    = headerSize + chunkmap.MaxChunks/8
+	maxMap    = chunkmap.HeaderSize + chunkmap.MaxChunks/8
 	maxRecord = 2 * maxMap
-)
-
-// The head of a map, see package chunkmap.
-const (
-	headerSize = 4096
-	markAt     = 12
-	markFull   = 0x4D4D4150
 )
 
 // metadata lists what nydusd keeps of a blob beside data and map: suffixes behind its id.
@@ -81,8 +73,9 @@ type Report struct {
 type blob struct {
 	dir, id string
 	names   map[string]bool
-	// proofs are what proofs say about its data.
-	proofs []proof.File
+	// proofs reads what the proofs in the directory say about data, by blob; it does so once
+	// for all blobs, and only when somebody asks.
+	proofs func() map[string][]proof.File
 }
 
 // blobs lists those of a directory.
@@ -96,7 +89,8 @@ func blobs(dir string) ([]*blob, error) {
 	if err != nil {
 		return nil, err
 	}
-	proofs, byID := proofsIn(dir, names), map[string]*blob{}
+	byID := map[string]*blob{}
+	proofs := sync.OnceValue(func() map[string][]proof.File { return proofsIn(dir, names) })
 	var list []*blob
 	for _, name := range names {
 		if len(name) <= idSize || !rafs.IsID(name[:idSize]) || strings.HasSuffix(name, proof.Suffix) {
@@ -104,7 +98,7 @@ func blobs(dir string) ([]*blob, error) {
 		}
 		b := byID[name[:idSize]]
 		if b == nil {
-			b = &blob{dir: dir, id: name[:idSize], names: map[string]bool{}, proofs: proofs[name[:idSize]]}
+			b = &blob{dir: dir, id: name[:idSize], names: map[string]bool{}, proofs: proofs}
 			byID[b.id], list = b, append(list, b)
 		}
 		b.names[name] = true
@@ -141,7 +135,7 @@ func (b *blob) proven() bool {
 	}
 	defer f.Close()
 	now, err := proof.Stat(f)
-	return err == nil && slices.Contains(b.proofs, now)
+	return err == nil && slices.Contains(b.proofs()[b.id], now)
 }
 
 func (b *blob) path(name string) string { return filepath.Join(b.dir, name) }
@@ -153,52 +147,26 @@ type bitmap struct {
 	full bool
 }
 
-// readMap reads a map. The error wraps chunkmap.ErrInvalid when there is no sense in it; one
-// that nydusd is just making has no bits.
+// readMap reads a map. The error wraps chunkmap.ErrInvalid when there is no sense in it; an
+// empty one, as nydusd makes it first, has nil for its bits.
 func readMap(path string) (m bitmap, err error) {
 	text, err := read(path, maxMap)
 	if err != nil || len(text) == 0 {
 		return m, err
 	}
-	if len(text) <= headerSize {
+	if len(text) <= chunkmap.HeaderSize {
 		return m, fmt.Errorf("%w: it has %d bytes", chunkmap.ErrInvalid, len(text))
 	}
-	m.bits = text[headerSize:]
+	m.bits = text[chunkmap.HeaderSize:]
 	if !slices.ContainsFunc(text, func(b byte) bool { return b != 0 }) {
 		return m, nil
 	}
-	if head := header(); !bytes.Equal(text[:markAt], head[:markAt]) {
-		return m, fmt.Errorf("%w: it begins with %x", chunkmap.ErrInvalid, text[:markAt])
-	}
-	m.full = binary.LittleEndian.Uint32(text[markAt:]) == markFull
-	return m, nil
-}
-
-// header begins a map. Without the mark that all chunks are there, nydusd counts.
-func header() []byte {
-	head := make([]byte, headerSize)
-	for i, word := range []uint32{0x424D4150, 1, 0x434D4150} {
-		binary.LittleEndian.PutUint32(head[4*i:], word)
-	}
-	return head
-}
-
-// open opens a regular file. To look at it is not to use it.
-func open(path string) (*os.File, error) {
-	f, err := proof.OpenRegular(path)
-	if err != nil {
-		return nil, err
-	}
-	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
-	if err == nil {
-		// Only its owner may, for whom it is a nicety.
-		_, _ = unix.FcntlInt(f.Fd(), unix.F_SETFL, flags|unix.O_NOATIME)
-	}
-	return f, nil
+	m.full, err = chunkmap.Full(text)
+	return m, err
 }
 
 func read(path string, most int64) ([]byte, error) {
-	f, err := open(path)
+	f, err := proof.OpenQuiet(path)
 	if err != nil {
 		return nil, err
 	}
@@ -241,20 +209,20 @@ func (f file) same(other file) bool { return f.Inode == other.Inode && f.Size ==
 // write replaces a file in the directory, so that it is on the disk as either the old or
 // the new one.
 func (b *blob) write(name string, text []byte) (err error) {
-	f, err := os.CreateTemp(b.dir, temporary+"*")
+	f, err := proof.NewDraft(b.path(name), temporary)
 	if err != nil {
 		return err
 	}
 	defer func() {
 		if err != nil {
-			os.Remove(f.Name())
+			err = errors.Join(err, f.Discard())
 		}
 	}()
 	_, err = f.Write(text)
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	return os.Rename(f.Name(), b.path(name))
+	return f.Place()
 }
 
 func remove(path string) error {

@@ -51,9 +51,9 @@ func (b *bed) put(name string, text []byte) {
 // set makes the map one of these chunks, as nydusd does: in place.
 func (b *bed) set(list ...uint32) {
 	b.t.Helper()
-	text := append(header(), make([]byte, (chunks+7)/8)...)
+	text := append(chunkmap.Header(), make([]byte, (chunks+7)/8)...)
 	for _, n := range list {
-		text[headerSize+n/8] |= 0x80 >> (n % 8)
+		text[chunkmap.HeaderSize+n/8] |= 0x80 >> (n % 8)
 	}
 	b.put(b.name, text)
 }
@@ -183,13 +183,13 @@ func TestRestoreWithout(t *testing.T) {
 			b.put("other", text)
 			must(b.t, os.Rename(b.path("other"), b.path(id+".blob.data")))
 		},
-		"a head": func(b *bed) { b.put(b.name, append(make([]byte, headerSize), 0xff, 0, 0)) },
+		"a head": func(b *bed) { b.put(b.name, append(make([]byte, chunkmap.HeaderSize), 0xff, 0, 0)) },
 		"its size": func(b *bed) {
 			text, err := os.ReadFile(b.path(b.name))
 			must(b.t, err)
 			b.put(b.name, append(text, 0))
 		},
-		"a whole head": func(b *bed) { b.put(b.name, header()[:100]) },
+		"a whole head": func(b *bed) { b.put(b.name, chunkmap.Header()[:100]) },
 	} {
 		t.Run(what, func(t *testing.T) {
 			each(t, func(b *bed) {
@@ -212,7 +212,7 @@ func TestRestoreMark(t *testing.T) {
 	mark := func(b *bed) {
 		text, err := os.ReadFile(b.path(b.name))
 		must(b.t, err)
-		copy(text[markAt:], []byte{0x50, 0x41, 0x4D, 0x4D})
+		copy(text[12:], []byte{0x50, 0x41, 0x4D, 0x4D})
 		b.put(b.name, text)
 	}
 	marked := func(b *bed) bool {
@@ -298,6 +298,27 @@ func TestRestoreProven(t *testing.T) {
 	})
 }
 
+// TestProofsAreReadLate: to take a checkpoint nobody needs them.
+func TestProofsAreReadLate(t *testing.T) {
+	b := newBed(t, chunkmap.Names(id)[0])
+	b.set(all(chunks)...)
+	of := "sha256:" + strings.Repeat("ab", 32)
+	b.put(filepath.Base(proof.Path(b.dir, of)), []byte("no proof yet"))
+	list, err := blobs(b.dir)
+	must(t, err)
+	f, err := os.Open(b.path(id + ".blob.data"))
+	must(t, err)
+	defer f.Close()
+	now, err := proof.Stat(f)
+	must(t, err)
+	text, err := json.Marshal(proof.New(of, []proof.Blob{{ID: id, File: now}}))
+	must(t, err)
+	must(t, os.WriteFile(proof.Path(b.dir, of), text, 0o600))
+	if len(list) != 1 || !list[0].proven() {
+		t.Errorf("of %d blobs the proofs were read before anybody asked", len(list))
+	}
+}
+
 // TestTakeNothing: files that nydusd is making have nothing to keep.
 func TestTakeNothing(t *testing.T) {
 	each(t, func(b *bed) {
@@ -347,6 +368,26 @@ func TestTakeFails(t *testing.T) {
 	b.set(1, 2)
 	if _, err := Take(ctx, b.dir, time.Now(), nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("after the end: %v", err)
+	}
+}
+
+// TestTakeFailsAlike: what fails each time in the same way says the same, or it would be told
+// each time.
+func TestTakeFailsAlike(t *testing.T) {
+	b := newBed(t, chunkmap.Names(id)[0])
+	b.set(1)
+	must(t, os.Mkdir(b.path(b.name+Suffix), 0o700))
+	said := ""
+	for range 2 {
+		_, err := Take(t.Context(), b.dir, time.Now(), func() (func(), error) { return func() {}, nil })
+		if err == nil || !strings.Contains(err.Error(), b.path(b.name+Suffix)) || said != "" && err.Error() != said {
+			t.Fatalf("%v, want it as before, with the file's name: %s", err, said)
+		}
+		said = err.Error()
+	}
+	left, err := filepath.Glob(b.path(temporary + "*"))
+	if must(t, err); len(left) > 0 {
+		t.Errorf("left are %v", left)
 	}
 }
 

@@ -113,7 +113,7 @@ func (b *blob) limit(name string, r *record, proven bool, out *Report) (changed 
 		return false, nil
 	}
 	out.Chunks += missing(now.bits, sure)
-	if b.write(name, append(header(), sure...)) != nil {
+	if b.write(name, append(chunkmap.Header(), sure...)) != nil {
 		// It is to go in any case; that takes no room.
 		return true, errors.Join(remove(path), remove(path+Suffix))
 	}
@@ -122,7 +122,7 @@ func (b *blob) limit(name string, r *record, proven bool, out *Report) (changed 
 
 // right tells whether metadata is what it was when it was synced.
 func (b *blob) right(name string, vouched []file) bool {
-	f, err := open(b.path(name))
+	f, err := proof.OpenQuiet(b.path(name))
 	if err != nil {
 		return false
 	}

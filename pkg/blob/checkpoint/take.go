@@ -170,7 +170,7 @@ func (b *blob) unchanged(was *record) bool {
 }
 
 func (b *blob) stat(name string) (file, error) {
-	f, err := open(b.path(name))
+	f, err := proof.OpenQuiet(b.path(name))
 	if err != nil {
 		return file{}, err
 	}
@@ -198,7 +198,7 @@ func (b *blob) describe(was *record) ([]file, error) {
 }
 
 func (b *blob) synced(name string, was *record) (file, error) {
-	f, err := open(b.path(name))
+	f, err := proof.OpenQuiet(b.path(name))
 	if err != nil {
 		return file{}, err
 	}

@@ -9,8 +9,9 @@
 //     chunk, or a mark of completeness over missing bits.
 //   - It changes and locks nothing. nydusd sets bits through a mapping of the file while
 //     this reads it; a bit never goes back, so what was read is a lower bound.
-//   - Only the standard library and golang.org/x/sys are linked, so the mount path stays
-//     light.
+//   - To read a map is not to use the blob: the file's time of access stays.
+//   - Only the standard library, golang.org/x/sys and what package proof needs are linked,
+//     so the mount path stays light.
 //
 // What a map says is nydusd's claim, not a proof: nydusd sets a bit after it wrote the
 // data but syncs neither, so that after a power cut bits may stand over holes. Do not use
@@ -36,12 +37,13 @@ import (
 	"io"
 	"io/fs"
 	"math/bits"
-	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
+	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
 // MaxChunks is the most chunks that a blob may have: as many as pkg/rafs and nydusd allow.
@@ -50,13 +52,35 @@ const MaxChunks = 1 << 24
 // ErrInvalid says that a map cannot be what nydusd wrote for the blob, for errors.Is.
 var ErrInvalid = errors.New("chunk map is invalid")
 
+// HeaderSize is how many bytes come before the bits, of which Full needs 16.
+const HeaderSize = 4096
+
 const (
-	headerSize = 4096
-	magic      = 0x424D4150
-	version    = 1
-	magic2     = 0x434D4150
-	allReady   = 0x4D4D4150
+	magic    = 0x424D4150
+	version  = 1
+	magic2   = 0x434D4150
+	allReady = 0x4D4D4150
 )
+
+// Header begins a map. It does not say that all chunks are there, so that nydusd counts.
+func Header() []byte {
+	head := make([]byte, HeaderSize)
+	for i, word := range []uint32{magic, version, magic2} {
+		binary.LittleEndian.PutUint32(head[4*i:], word)
+	}
+	return head
+}
+
+// Full tells whether a map that begins like this is marked as one that has all chunks. The
+// error wraps ErrInvalid.
+func Full(text []byte) (bool, error) {
+	le := binary.LittleEndian
+	head := [4]uint32{le.Uint32(text), le.Uint32(text[4:]), le.Uint32(text[8:]), le.Uint32(text[12:])}
+	if head[0] != magic || head[1] != version || head[2] != magic2 || head[3] != 0 && head[3] != allReady {
+		return false, fmt.Errorf("%w: it begins with %#08x, want %#08x, %d, %#08x, and 0 or %#08x", ErrInvalid, head, magic, version, magic2, allReady)
+	}
+	return head[3] == allReady, nil
+}
 
 // Names returns what the map of a blob may be called beside its data.
 func Names(id string) []string {
@@ -77,7 +101,7 @@ type Map struct {
 // data: both are true, and the one that knows more is returned. The error wraps
 // fs.ErrNotExist when there is none, and ErrInvalid when one of them cannot be right.
 func Open(dir, id string, chunks uint32) (*Map, error) {
-	if len(id) != 64 || strings.Trim(id, "0123456789abcdef") != "" {
+	if !rafs.IsID(id) {
 		return nil, fmt.Errorf("read chunk map: %w: blob id %.80q is not 64 lowercase hex digits", ErrInvalid, id)
 	}
 	var best *Map
@@ -112,21 +136,19 @@ func read(path string, chunks uint32) (*Map, error) {
 	if chunks == 0 || chunks > MaxChunks {
 		return nil, fmt.Errorf("%w: no blob has %d chunks", ErrInvalid, chunks)
 	}
-	// Not blocking: something else than a file may lie there.
-	f, err := os.OpenFile(filepath.Clean(path), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-	if errors.Is(err, unix.ELOOP) {
+	f, err := proof.OpenQuiet(path)
+	switch {
+	case errors.Is(err, unix.ELOOP):
 		return nil, fmt.Errorf("%w: it is a symbolic link", ErrInvalid)
-	}
-	if err != nil {
+	case errors.Is(err, proof.ErrNotRegular):
+		return nil, fmt.Errorf("%w: it is no regular file", ErrInvalid)
+	case err != nil:
 		return nil, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
 		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%w: it is no regular file", ErrInvalid)
 	}
 	if size := info.Size(); size != 0 && size != fileSize(chunks) {
 		return nil, wrongSize(size, chunks)
@@ -146,7 +168,7 @@ func read(path string, chunks uint32) (*Map, error) {
 	return m, nil
 }
 
-func fileSize(chunks uint32) int64 { return headerSize + (int64(chunks)+7)/8 }
+func fileSize(chunks uint32) int64 { return HeaderSize + (int64(chunks)+7)/8 }
 
 func wrongSize(size int64, chunks uint32) error {
 	return fmt.Errorf("%w: it has %d bytes, one of %d chunks has %d", ErrInvalid, size, chunks, fileSize(chunks))
@@ -156,20 +178,19 @@ func wrongSize(size int64, chunks uint32) error {
 func decode(text []byte, chunks uint32) (*Map, error) {
 	m := &Map{chunks: chunks}
 	if len(text) == 0 {
-		m.bits = make([]byte, fileSize(chunks)-headerSize)
+		m.bits = make([]byte, fileSize(chunks)-HeaderSize)
 		return m, nil
 	}
 	if size := int64(len(text)); size != fileSize(chunks) {
 		return nil, wrongSize(size, chunks)
 	}
-	m.bits = text[headerSize:]
+	m.bits = text[HeaderSize:]
 	if !slices.ContainsFunc(text, func(b byte) bool { return b != 0 }) {
 		return m, nil
 	}
-	le := binary.LittleEndian
-	head := [4]uint32{le.Uint32(text), le.Uint32(text[4:]), le.Uint32(text[8:]), le.Uint32(text[12:])}
-	if head[0] != magic || head[1] != version || head[2] != magic2 || head[3] != 0 && head[3] != allReady {
-		return nil, fmt.Errorf("%w: it begins with %#08x, want %#08x, %d, %#08x, and 0 or %#08x", ErrInvalid, head, magic, version, magic2, allReady)
+	full, err := Full(text)
+	if err != nil {
+		return nil, err
 	}
 	for _, b := range m.bits {
 		m.ready += uint32(bits.OnesCount8(b))
@@ -178,14 +199,11 @@ func decode(text []byte, chunks uint32) (*Map, error) {
 		// nydusd counts them, and would take the blob for complete too early.
 		return nil, fmt.Errorf("%w: it has bits beyond the last of %d chunks", ErrInvalid, chunks)
 	}
-	if head[3] == allReady && !m.Complete() {
+	if full && !m.Complete() {
 		return nil, fmt.Errorf("%w: it is marked as complete and has %d of %d chunks", ErrInvalid, m.ready, chunks)
 	}
 	return m, nil
 }
-
-// Path is the file that was read.
-func (m *Map) Path() string { return m.path }
 
 // Len is the number of chunks that the blob has.
 func (m *Map) Len() int { return int(m.chunks) }

@@ -16,12 +16,12 @@ const id = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff"
 
 // file makes the content of a map of chunks with the given ones there.
 func file(chunks uint32, ready ...uint32) []byte {
-	text := make([]byte, headerSize+(chunks+7)/8)
+	text := make([]byte, HeaderSize+(chunks+7)/8)
 	for i, word := range []uint32{magic, version, magic2} {
 		binary.LittleEndian.PutUint32(text[4*i:], word)
 	}
 	for _, i := range ready {
-		text[headerSize+i/8] |= 0x80 >> (i % 8)
+		text[HeaderSize+i/8] |= 0x80 >> (i % 8)
 	}
 	return text
 }
@@ -56,7 +56,7 @@ func TestOpen(t *testing.T) {
 		"full":           {file(9, all...), all},
 		"full, marked":   {complete(file(9, all...)), all},
 		"just created":   {nil, nil},
-		"sized, no head": {make([]byte, headerSize+2), nil},
+		"sized, no head": {make([]byte, HeaderSize+2), nil},
 	} {
 		for _, name := range Names(id) {
 			dir := t.TempDir()
@@ -75,7 +75,7 @@ func TestOpen(t *testing.T) {
 					t.Errorf("%s, chunk %d: %v", what, i, m.Has(i))
 				}
 			}
-			if m.Ready() != len(c.has) || m.Complete() != (len(c.has) == 9) || m.Len() != 9 || m.Path() != filepath.Join(dir, name) {
+			if m.Ready() != len(c.has) || m.Complete() != (len(c.has) == 9) || m.Len() != 9 || m.path != filepath.Join(dir, name) {
 				t.Errorf("%s: %+v", what, m)
 			}
 		}
@@ -89,8 +89,8 @@ func TestOpenRefuses(t *testing.T) {
 		want   string
 	}{
 		"short header":     {file(9)[:100], 9, "100 bytes"},
-		"short bitmap":     {file(9)[:headerSize+1], 9, "4097 bytes"},
-		"header only":      {file(9)[:headerSize], 9, "4096 bytes"},
+		"short bitmap":     {file(9)[:HeaderSize+1], 9, "4097 bytes"},
+		"header only":      {file(9)[:HeaderSize], 9, "4096 bytes"},
 		"long":             {append(file(9), 0), 9, "4099 bytes"},
 		"of another blob":  {file(9), 1000, "4098 bytes"},
 		"magic":            {word(file(9, 3), 0, 1), 9, "begins with"},
@@ -149,11 +149,11 @@ func TestTwoMaps(t *testing.T) {
 	put(t, newer, file(9, 0))
 	put(t, older, file(9, 1, 2))
 	m, err := Open(dir, id, 9)
-	if err != nil || m.Path() != older || m.Ready() != 2 {
+	if err != nil || m.path != older || m.Ready() != 2 {
 		t.Errorf("%+v, %v", m, err)
 	}
 	put(t, newer, file(9, 3, 4))
-	if m, err = Open(dir, id, 9); err != nil || m.Path() != newer {
+	if m, err = Open(dir, id, 9); err != nil || m.path != newer {
 		t.Errorf("%+v, %v", m, err)
 	}
 	put(t, older, file(8))
@@ -171,19 +171,19 @@ func TestSeesWhatIsMapped(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	mapped, err := unix.Mmap(int(f.Fd()), 0, headerSize+2, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	mapped, err := unix.Mmap(int(f.Fd()), 0, HeaderSize+2, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer unix.Munmap(mapped)
-	mapped[headerSize+1] |= 0x80
+	mapped[HeaderSize+1] |= 0x80
 	if m, err := Read(path, 9); err != nil || !m.Has(8) || m.Ready() != 1 {
 		t.Errorf("%+v, %v", m, err)
 	}
 }
 
 func FuzzDecode(f *testing.F) {
-	for _, text := range [][]byte{nil, file(9, 1), complete(file(9)), complete(file(8, 0, 1, 2, 3, 4, 5, 6, 7)), make([]byte, headerSize+2)} {
+	for _, text := range [][]byte{nil, file(9, 1), complete(file(9)), complete(file(8, 0, 1, 2, 3, 4, 5, 6, 7)), make([]byte, HeaderSize+2)} {
 		f.Add(text, uint32(9))
 		f.Add(text, uint32(8))
 	}

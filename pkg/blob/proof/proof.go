@@ -39,8 +39,12 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
-// ErrNotProven says that there is no proof, or none that still holds.
-var ErrNotProven = errors.New("not proven")
+var (
+	// ErrNotProven says that there is no proof, or none that still holds.
+	ErrNotProven = errors.New("not proven")
+	// ErrNotRegular says that something else lies where a file should.
+	ErrNotRegular = errors.New("no regular file")
+)
 
 const (
 	// version is the version of a proof.
@@ -139,15 +143,29 @@ func read(path string) ([]byte, error) {
 }
 
 // OpenRegular opens a file that is one, and no link.
-func OpenRegular(path string) (*os.File, error) {
+func OpenRegular(path string) (*os.File, error) { return openRegular(path, 0) }
+
+// OpenQuiet is OpenRegular for whoever looks at what the cache has and does not use it: to
+// read the file leaves its time of access alone, by which the cache knows what was used
+// last. Only its owner, or a capable process, can have that; for another one it is
+// OpenRegular.
+func OpenQuiet(path string) (*os.File, error) {
+	f, err := openRegular(path, unix.O_NOATIME)
+	if errors.Is(err, unix.EPERM) {
+		return openRegular(path, 0)
+	}
+	return f, err
+}
+
+func openRegular(path string, flags int) (*os.File, error) {
 	// Not blocking: something else than a file may lie there.
-	f, err := os.OpenFile(filepath.Clean(path), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	f, err := os.OpenFile(filepath.Clean(path), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|flags, 0)
 	if err != nil {
 		return nil, err
 	}
 	info, err := f.Stat()
 	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%s is no regular file", path)
+		err = fmt.Errorf("%s is %w", path, ErrNotRegular)
 	}
 	if err != nil {
 		return nil, errors.Join(err, f.Close())

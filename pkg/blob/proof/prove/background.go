@@ -48,6 +48,7 @@ type Background struct {
 	Log    *slog.Logger
 
 	seen map[string]*sight
+	told string // what was told last that could not be listed
 }
 
 // sight is what was seen of an image when it was last looked at.
@@ -75,7 +76,7 @@ func (b *Background) Run(ctx context.Context) error {
 	b.seen = map[string]*sight{}
 	dirs, _ := filepath.Glob(filepath.Join(b.Root, "cache", "*"))
 	for _, dir := range dirs {
-		if err := Tidy(dir); err != nil {
+		if err := tidy(dir); err != nil {
 			b.Log.Warn("remove what an interrupted proof left", "error", err)
 		}
 	}
@@ -101,9 +102,14 @@ func (b *Background) pass(ctx context.Context) {
 	if ctx.Err() != nil {
 		return
 	}
+	fault := ""
 	if err != nil {
+		fault = err.Error()
+	}
+	if fault != "" && fault != b.told {
 		b.Log.Error("look for images that are complete", "error", err)
 	}
+	b.told = fault
 	known := make(map[string]*sight, len(images))
 	for i := range images {
 		key := proof.Path(images[i].CacheDir, images[i].Digest)

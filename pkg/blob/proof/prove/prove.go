@@ -117,19 +117,18 @@ func (e *BlobError) Error() string { return fmt.Sprintf("blob %s: %v", e.Blob, e
 // Unwrap returns the cause.
 func (e *BlobError) Unwrap() error { return e.Cause }
 
-const (
-	// maxChunks bounds how many chunks an image may have that is proven: each takes 56
-	// bytes of memory.
-	maxChunks = 4 << 20
-	// maxBootstrap bounds a bootstrap in bytes, as pkg/instance does.
-	maxBootstrap = 1 << 30
-)
+// maxChunks bounds how many chunks an image may have that is proven: each takes 56 bytes of
+// memory.
+const maxChunks = 4 << 20
 
 // Prover proves images, one at a time. The zero value reads as fast as it can.
 type Prover struct {
 	// Rate bounds how many bytes a second are read; nil for no bound. Its burst is at
 	// least rafs.MaxChunkSize.
 	Rate *rate.Limiter
+	// Turn, when set, is shared with other provers: only one of them works at a time, and
+	// none compares what another one has just proven.
+	Turn Turn
 	// Progress, when set, is told how many bytes of how many were compared.
 	Progress func(done, total int64)
 	// Again compares also what is proven already. What is wrong loses its proofs.
@@ -140,12 +139,31 @@ type Prover struct {
 	// tests that end there.
 	Step func(name string)
 
-	compared, all int64 // bytes, of one image
+	compared, total int64 // bytes, of one image
 }
 
 // NewRate is a bound of so many bytes a second for Prover.
 func NewRate(bytesPerSecond int) *rate.Limiter {
 	return rate.NewLimiter(rate.Limit(bytesPerSecond), max(bytesPerSecond, rafs.MaxChunkSize))
+}
+
+// Turn lets one prover of several work.
+type Turn chan struct{}
+
+// NewTurn returns one that nobody has.
+func NewTurn() Turn { return make(Turn, 1) }
+
+// take waits for it. A nil one anybody has.
+func (t Turn) take(ctx context.Context) (release func(), err error) {
+	if t == nil {
+		return func() {}, nil
+	}
+	select {
+	case t <- struct{}{}:
+		return func() { <-t }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }
 
 func (p *Prover) step(name string) {
@@ -175,31 +193,42 @@ func (p *Prover) prove(ctx context.Context, im Image, known func(*rafs.Bootstrap
 	if proof.Path(cacheDir, digest) == "" {
 		return false, fmt.Errorf("%w: bootstrap digest %.80q is not sha256: and 64 lowercase hex digits", proof.ErrNotProven, digest)
 	}
-	f, size, err := openBootstrap(&im)
+	f, err := im.open()
 	if err != nil {
-		return false, err
+		return false, fmt.Errorf("open bootstrap: %w", err)
 	}
 	defer f.Close()
-	b, err := rafs.Open(f, size)
+	b, size, err := rafs.OpenFile(f)
 	if err != nil {
-		return false, fmt.Errorf("read bootstrap: %w", err)
+		return false, fmt.Errorf("%s: %w", f.Name(), err)
 	}
 	if known != nil {
 		known(b)
 	}
-	if !p.Again && Valid(cacheDir, digest, b) {
+	release, err := p.Turn.take(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer release()
+	if !p.Again && valid(cacheDir, digest, b) {
 		return false, nil
 	}
+	return p.all(ctx, &im, b, io.NewSectionReader(f, 0, size))
+}
+
+// all compares all blobs of an image, with the bootstrap b that f is, and writes the proof.
+func (p *Prover) all(ctx context.Context, im *Image, b *rafs.Bootstrap, f *io.SectionReader) (done bool, err error) {
+	cacheDir, digest := im.CacheDir, im.Digest
 	if err := proof.Suitable(b); err != nil {
 		return false, err
 	}
 	if err := present(cacheDir, b); err != nil {
 		return false, err
 	}
-	if err := checkDigest(io.NewSectionReader(f, 0, size), digest); err != nil {
+	if err := checkDigest(f, digest); err != nil {
 		return false, err
 	}
-	tables, err := rafs.Chunks(f, size, maxChunks)
+	tables, err := rafs.Chunks(f, f.Size(), maxChunks)
 	if err != nil {
 		return false, err
 	}
@@ -222,28 +251,13 @@ func (p *Prover) prove(ctx context.Context, im Image, known func(*rafs.Bootstrap
 	return true, nil
 }
 
-// Valid tells whether there is a proof that holds.
-func Valid(cacheDir, digest string, b *rafs.Bootstrap) bool {
+// valid tells whether there is a proof that holds.
+func valid(cacheDir, digest string, b *rafs.Bootstrap) bool {
 	proven, err := proof.Open(cacheDir, digest, b)
 	if err != nil {
 		return false
 	}
 	return proven.Close() == nil
-}
-
-func openBootstrap(im *Image) (*os.File, int64, error) {
-	f, err := im.open()
-	if err != nil {
-		return nil, 0, fmt.Errorf("open bootstrap: %w", err)
-	}
-	info, err := f.Stat()
-	if err == nil && info.Size() > maxBootstrap {
-		err = fmt.Errorf("%s has more than %d bytes", f.Name(), maxBootstrap)
-	}
-	if err != nil {
-		return nil, 0, errors.Join(fmt.Errorf("open bootstrap: %w", err), f.Close())
-	}
-	return f, info.Size(), nil
 }
 
 // present tells whether nydusd has everything, by its own word. It reads no data.
@@ -269,10 +283,10 @@ func present(cacheDir string, b *rafs.Bootstrap) error {
 
 // begin learns how much there is to compare.
 func (p *Prover) begin(tables []rafs.ChunkTable) {
-	p.compared, p.all = 0, 0
+	p.compared, p.total = 0, 0
 	for i := range tables {
 		for n := range tables[i].Len() {
-			p.all += int64(tables[i].At(n).RawSize)
+			p.total += int64(tables[i].At(n).RawSize)
 		}
 	}
 }
@@ -281,7 +295,7 @@ func (p *Prover) begin(tables []rafs.ChunkTable) {
 func (p *Prover) advance(bytes uint32) {
 	p.compared += int64(bytes)
 	if p.Progress != nil {
-		p.Progress(p.compared, p.all)
+		p.Progress(p.compared, p.total)
 	}
 }
 
@@ -302,7 +316,7 @@ func (p *Prover) blob(ctx context.Context, cacheDir string, t *rafs.ChunkTable) 
 	if t.Opaque > 0 {
 		return none, fmt.Errorf("%w: the bootstrap has no digests for %d of its chunks", proof.ErrNotProven, t.Opaque)
 	}
-	f, err := proof.OpenRegular(filepath.Join(cacheDir, proof.DataName(t.Blob.ID)))
+	f, err := proof.OpenQuiet(filepath.Join(cacheDir, proof.DataName(t.Blob.ID)))
 	if err != nil {
 		return none, fmt.Errorf("%w: %w", ErrIncomplete, err)
 	}
@@ -404,14 +418,13 @@ func (p *Prover) write(cacheDir string, rec proof.Record) (err error) {
 		return err
 	}
 	p.step("create proof")
-	path := proof.Path(cacheDir, rec.Bootstrap)
-	f, err := os.CreateTemp(cacheDir, proof.Temporary+"*")
+	f, err := proof.NewDraft(proof.Path(cacheDir, rec.Bootstrap), proof.Temporary)
 	if err != nil {
 		return fmt.Errorf("write proof: %w", err)
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("write proof: %w", err), os.Remove(f.Name()))
+			err = errors.Join(fmt.Errorf("write proof: %w", err), f.Discard())
 		}
 	}()
 	p.step("write proof")
@@ -421,14 +434,11 @@ func (p *Prover) write(cacheDir string, rec proof.Record) (err error) {
 		return err
 	}
 	p.step("rename proof")
-	if err = os.Rename(f.Name(), path); err != nil {
+	if err = f.Place(); err != nil {
 		return err
 	}
 	p.step("sync directory")
-	if err := syncDir(cacheDir); err != nil {
-		return fmt.Errorf("write proof: %w", err)
-	}
-	return nil
+	return syncDir(cacheDir)
 }
 
 func syncDir(path string) error {
@@ -439,8 +449,8 @@ func syncDir(path string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// Tidy removes what provers left that were killed. No other may run on the directory.
-func Tidy(cacheDir string) error {
+// tidy removes what provers left that were killed. No other may run on the directory.
+func tidy(cacheDir string) error {
 	entries, err := os.ReadDir(cacheDir)
 	if err != nil {
 		return fmt.Errorf("tidy the cache directory: %w", err)

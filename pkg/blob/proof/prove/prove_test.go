@@ -74,6 +74,56 @@ func TestProve(t *testing.T) {
 	}
 }
 
+// TestProveIsNoUse: what is looked at and compared is not used by that, so that what was
+// used last is known.
+func TestProveIsNoUse(t *testing.T) {
+	im := prooftest.New(t, testdata, "v6-merged", t.TempDir())
+	files, err := filepath.Glob(filepath.Join(im.CacheDir, "*"))
+	must(t, err)
+	if len(files) < 2 {
+		t.Fatalf("there is %v", files)
+	}
+	long := time.Unix(1000000000, 0)
+	for _, path := range files {
+		must(t, os.Chtimes(path, long, time.Time{}))
+	}
+	must(t, prove(t, im))
+	for _, path := range files {
+		var st unix.Stat_t
+		must(t, unix.Stat(path, &st))
+		if at := time.Unix(st.Atim.Unix()); !at.Equal(long) {
+			t.Errorf("%s was used at %s", path, at)
+		}
+	}
+}
+
+// TestTurn: of two provers one waits, and then finds that there is nothing to do.
+func TestTurn(t *testing.T) {
+	im := prooftest.New(t, testdata, "v6-merged", t.TempDir())
+	turn := NewTurn()
+	worked := 0
+	other := Prover{Now: prooftest.Later, Turn: turn, Step: func(string) { worked++ }}
+	one := Prover{Now: prooftest.Later, Turn: turn, Step: func(name string) {
+		if name != "compare" {
+			return
+		}
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := other.Prove(ended, im.CacheDir, im.Bootstrap, im.Digest); !errors.Is(err, context.Canceled) {
+			t.Errorf("it did not wait: %v", err)
+		}
+	}}
+	if done, err := one.Prove(t.Context(), im.CacheDir, im.Bootstrap, im.Digest); !done || err != nil {
+		t.Fatalf("%t, %v", done, err)
+	}
+	if done, err := other.Prove(t.Context(), im.CacheDir, im.Bootstrap, im.Digest); done || err != nil {
+		t.Errorf("what was proven meanwhile: %t, %v", done, err)
+	}
+	if worked > 0 {
+		t.Errorf("it took %d steps of its own", worked)
+	}
+}
+
 // damage is something that makes a blob unusable.
 type damage struct {
 	name string
@@ -286,7 +336,7 @@ func TestKilled(t *testing.T) {
 		}
 		must(t, prove(t, im))
 		must(t, proven(t, im))
-		must(t, Tidy(im.CacheDir))
+		must(t, tidy(im.CacheDir))
 		if left, _ := filepath.Glob(filepath.Join(im.CacheDir, proof.Temporary+"*")); len(left) > 0 {
 			t.Errorf("killed before %q: %q is left", last, left)
 		}
@@ -339,7 +389,7 @@ func TestBackground(t *testing.T) {
 	if err := proven(t, broken); err == nil {
 		t.Error("a broken image is proven")
 	}
-	for what, want := range map[string]int{"event=proven": 1, "event=damaged": 1, "one more cannot be read": 5} {
+	for what, want := range map[string]int{"event=proven": 1, "event=damaged": 1, "one more cannot be read": 1} {
 		if n := strings.Count(said.String(), what); n != want {
 			t.Errorf("%q is in the log %d times, want %d:\n%s", what, n, want, said)
 		}
@@ -471,7 +521,7 @@ func BenchmarkOpen(b *testing.B) {
 		b.Fatal(err)
 	}
 	for b.Loop() {
-		if !Valid(im.CacheDir, im.Digest, im.Head) {
+		if !valid(im.CacheDir, im.Digest, im.Head) {
 			b.Fatal("not proven")
 		}
 	}
