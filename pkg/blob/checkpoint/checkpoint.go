@@ -26,7 +26,7 @@ const (
 	// Suffix ends the names of checkpoints, behind that of the map.
 	Suffix = ".synced"
 	// temporary begins the names of files that are being written; what a killed writer
-	// left of them is removed by whoever sweeps or claims the directory next.
+	// left of them is removed by a Take that comes an hour later.
 	temporary = ".new-"
 	version   = 1
 	idSize    = 64
