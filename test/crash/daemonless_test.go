@@ -24,7 +24,8 @@ const daemonlessKills = 12
 // swept and fetched again, while all that takes part is killed.
 type prover struct {
 	*round
-	want int // kills
+	want int  // kills
+	all  bool // that can be killed is, and not only what has a part in this
 	// evicting is a configuration with which a sweep evicts whatever is not read.
 	evicting string
 	counts   map[string]int
@@ -66,7 +67,7 @@ func daemonlessCell(t *testing.T, reg *depot, s setup, p plan, purpose uint64) {
 	traps := newTraps(t)
 	l := newLab(t, s, reg, p.chances(purpose), traps.bin)
 	r := &prover{
-		round: &round{lab: l, traps: traps, spans: map[string]time.Duration{}}, want: p.kills,
+		round: &round{lab: l, traps: traps, spans: map[string]time.Duration{}}, want: p.kills, all: p.all,
 		evicting: filepath.Join(t.TempDir(), "evicting.toml"), counts: map[string]int{},
 	}
 	defer func() {
@@ -85,6 +86,7 @@ func daemonlessCell(t *testing.T, reg *depot, s setup, p plan, purpose uint64) {
 			t.Errorf("nothing was %s: %v", what, r.counts)
 		}
 	}
+	r.deadSockets()
 	r.empty()
 	l.balance()
 }
@@ -118,6 +120,7 @@ func (r *prover) configure() {
 func (r *prover) play() {
 	r.t.Helper()
 	r.img = r.pull()
+	r.other = r.img
 	for range 1 + r.random.IntN(2) {
 		c := r.begin()
 		r.while(c, r.killServe, r.killFetcher, r.killSweep)
@@ -126,7 +129,7 @@ func (r *prover) play() {
 			break
 		}
 		c = r.begin()
-		r.while(c, r.killServe, r.killMount, r.killSweep)
+		r.while(c, r.undaemoned()...)
 		r.close(c)
 		r.killSweep()
 		r.sweep()
@@ -203,11 +206,14 @@ func (r *prover) killFetcher() {
 	r.killDaemon()
 }
 
-// killMount kills a helper that mounts the image for another container.
-func (r *prover) killMount() {
-	r.t.Helper()
-	r.other = r.img
-	r.killHelper()
+// undaemoned are the kills that a container without a daemon has to stand. The helper mounts
+// the same image for another one.
+func (r *prover) undaemoned() []func() {
+	list := []func(){r.killServe, r.killHelper, r.killSweep}
+	if r.all {
+		list = append(list, r.killContainerd, r.killShim, r.killHolder, r.killHook)
+	}
+	return list
 }
 
 // killSweep kills a sweep that evicts what nothing reads.
