@@ -4,12 +4,13 @@
 //
 // TestMatrix has a cell for each victim, daemon, style and mode. TestSoak does
 // everything that a node does in random order. TestDaemonless takes images to mounts
-// without a daemon and back, and kills all that has a part in it. All take their
-// chances from a seed, which they print:
+// without a daemon and back, and kills all that has a part in it. TestFetch has images
+// completed, and kills those who do that; both have a cell for each style and mode. All
+// take their chances from a seed, which they print:
 //
 //	CRASH_SEED=N       repeats a run: the same cells, the same deeds
-//	CRASH_KILLS=N      kills in each cell (2), and in TestDaemonless (24)
-//	CRASH_CELLS=all    every cell instead of a pairwise sample
+//	CRASH_KILLS=N      kills in each cell (2), of TestDaemonless (12) and TestFetch (8)
+//	CRASH_CELLS=all    every cell instead of a pairwise sample, of TestFetch instead of one
 //	SOAK_TIME=DURATION how long TestSoak goes on (60s)
 //
 // What a failure shows: the seed, the history of deeds, the ends of all logs.
