@@ -279,7 +279,7 @@ func TestBadBootstrap(t *testing.T) {
 		"huge": {func(path string) error {
 			must(t, os.WriteFile(path, img.boot, 0o644))
 			return os.Truncate(path, 2<<30)
-		}, "more than a bootstrap may have"},
+		}, "more than the limit of"},
 		"changed": {write(changed), "was changed after the image was pulled; remove and pull the image again"},
 	} {
 		t.Run(name, func(t *testing.T) {
