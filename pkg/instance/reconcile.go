@@ -149,7 +149,9 @@ func (r *Reconciler) pass(ctx context.Context) time.Duration {
 		key := l.key
 		wait, err := r.look(ctx, key, l.rec, x)
 		if errors.Is(err, errLocked) {
-			locked[key] = r.lockedSince(key)
+			if l.rec == nil || l.rec.Current == nil || !l.rec.Current.Held { // a Hold is, for as long as it is wanted
+				locked[key] = r.lockedSince(key)
+			}
 		} else if err != nil && !errors.Is(err, errEnded) {
 			failing[key] = err.Error()
 			if r.failing[key] != failing[key] {

@@ -177,24 +177,31 @@ func TestSlowPassIsTold(t *testing.T) {
 	}
 }
 
-// TestLongLockIsTold has an instance that somebody keeps.
+// TestLongLockIsTold has an instance that somebody keeps, as is told, and one that a Hold keeps
+// for as long as it fetches.
 func TestLongLockIsTold(t *testing.T) {
-	r, c := newTestReconciler(t, 0)
-	var log bytes.Buffer
-	r.cfg.Log = slog.New(slog.NewTextHandler(&log, nil))
-	i := mustOpen(t, served(t, r, true), openExisting)
-	for _, told := range []int{0, 1, 1} {
-		r.pass(t.Context())
-		if got := strings.Count(log.String(), "locked for long"); got != told {
-			t.Errorf("told %d times, want %d: %s", got, told, &log)
+	for _, held := range []bool{false, true} {
+		r, c := newTestReconciler(t, 0)
+		var log bytes.Buffer
+		r.cfg.Log = slog.New(slog.NewTextHandler(&log, nil))
+		i := mustOpen(t, served(t, r, true), openExisting)
+		i.rec.Current.Held = held
+		must(t, i.write())
+		for _, told := range []int{0, 1, 1} {
+			if r.pass(t.Context()); held {
+				told = 0
+			}
+			if got := strings.Count(log.String(), "locked for long"); got != told {
+				t.Errorf("held: %v: told %d times, want %d: %s", held, got, told, &log)
+			}
+			c.now = c.now.Add(lockedLong)
 		}
-		c.now = c.now.Add(lockedLong)
-	}
-	if want := fmt.Sprintf("pids=[%d]", os.Getpid()); !strings.Contains(log.String(), want) {
-		t.Errorf("want %s: %s", want, &log)
-	}
-	i.Close()
-	if r.pass(t.Context()); !gone(t, r) {
-		t.Error("the instance is still there, although nobody has it locked")
+		if want := fmt.Sprintf("pids=[%d]", os.Getpid()); !held && !strings.Contains(log.String(), want) {
+			t.Errorf("want %s: %s", want, &log)
+		}
+		i.Close()
+		if r.pass(t.Context()); !gone(t, r) {
+			t.Errorf("held: %v: the instance is still there, although nobody has it locked", held)
+		}
 	}
 }
