@@ -126,7 +126,7 @@ func (d *daemons) check(ctx context.Context, path string) error {
 
 // backend takes from where, and with what, the image is read into a spec, as for a mount.
 func (d *daemons) backend(ctx context.Context, im pulledImage, spec *instance.Spec) error {
-	b, err := d.backends.Backend(ctx, im.ref, im.backend)
+	b, err := d.backends.Backend(ctx, im.Name, im.backend)
 	if err == nil && b.ForMount != nil {
 		b, err = b.ForMount(ctx)
 	}

@@ -232,9 +232,9 @@ func newDirectory(path string) (*directory, error) {
 
 // one fetches one image.
 func (f *fetchCommand) one(ctx context.Context, im pulledImage) (fetched, error) {
-	out := fetched{Image: im.ref, Bootstrap: im.Digest}
+	out := fetched{Image: im.Name, Bootstrap: im.Digest}
 	began := time.Now()
-	p := f.progress(im.ref)
+	p := f.progress(im.Name)
 	res, err := f.complete(ctx, im, p)
 	p.end()
 	out.Seconds = time.Since(began).Seconds()
@@ -248,7 +248,7 @@ func (f *fetchCommand) one(ctx context.Context, im pulledImage) (fetched, error)
 		err = fmt.Errorf("%w; --verify fetches it again", err)
 	}
 	if err != nil {
-		err = fmt.Errorf("%s: %w", im.ref, err)
+		err = fmt.Errorf("%s: %w", im.Name, err)
 	}
 	return f.done(out, err), err
 }

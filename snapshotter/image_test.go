@@ -85,7 +85,10 @@ func TestFetchUsage(t *testing.T) {
 }
 
 func TestNamedBy(t *testing.T) {
-	all := []pulledImage{{ref: "docker.io/library/busybox:latest"}, {ref: "r.example:5000/a/b:1"}, {ref: "r.example:5000/a/b:2"}, {ref: "r.example:5000/a/b:1", instance: "older"}, {ref: "not a reference"}}
+	var all []pulledImage
+	for _, name := range []string{"docker.io/library/busybox:latest", "r.example:5000/a/b:1", "r.example:5000/a/b:2", "r.example:5000/a/b:1", "not a reference"} {
+		all = append(all, pulledImage{Image: fetch.Image{Name: name}})
+	}
 	for ref, want := range map[string]int{"busybox": 1, "docker.io/library/busybox": 1, "r.example:5000/a/b:1": 2, "r.example:5000/a/b": 0, "not a reference": 1, "b": 0} {
 		if got, err := namedBy(all, ref); len(got) != want || (err == nil) != (want > 0) {
 			t.Errorf("%q names %+v, %v; want %d", ref, got, err, want)

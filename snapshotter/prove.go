@@ -99,7 +99,7 @@ func proveCommand(c *cli.Context, cfg config.Config, asJSON bool, names []string
 		im := &images[i]
 		p, err := proveNow(c, im)
 		if c.Context.Err() != nil {
-			return fmt.Errorf("cache prove: image %q: %w", im.ref, err)
+			return fmt.Errorf("cache prove: image %q: %w", im.Name, err)
 		}
 		if err != nil {
 			failed++
@@ -144,7 +144,7 @@ const attempts = 3
 
 // proveNow proves an image, and waits a little for who has just written to it.
 func proveNow(c *cli.Context, im *pulledImage) (out proven, err error) {
-	out = proven{Image: im.ref, Digest: im.Digest, Directory: im.CacheDir}
+	out = proven{Image: im.Name, Digest: im.Digest, Directory: im.CacheDir}
 	if im.homeless != nil {
 		out.Reason = im.homeless.Error()
 		return out, im.homeless
@@ -153,7 +153,7 @@ func proveNow(c *cli.Context, im *pulledImage) (out proven, err error) {
 	p := prove.Prover{}
 	if isTerminal(w) {
 		p.Progress = func(done, total int64) {
-			fmt.Fprintf(w, "\r\x1b[K%s: %s of %s compared", im.ref, megabytes(done), megabytes(total))
+			fmt.Fprintf(w, "\r\x1b[K%s: %s of %s compared", im.Name, megabytes(done), megabytes(total))
 		}
 		defer fmt.Fprint(w, "\r\x1b[K")
 	}

@@ -21,7 +21,7 @@ import (
 // pulledImage is an image of the snapshotter's, with where its blobs are cached.
 type pulledImage struct {
 	fetch.Image
-	ref, backend     string // as snapshot.Image has them
+	backend          string // that its label asks for
 	host, repository string
 	// instance is the key of the instance that containers of it use.
 	instance string
@@ -36,7 +36,7 @@ type pulledImage struct {
 
 // proveImage is what a prover takes it for.
 func (p *pulledImage) proveImage() prove.Image {
-	return prove.Image{Name: p.ref, CacheDir: p.CacheDir, Bootstrap: p.Bootstrap, Digest: p.Digest, Open: p.open}
+	return prove.Image{Name: p.Name, CacheDir: p.CacheDir, Bootstrap: p.Bootstrap, Digest: p.Digest, Open: p.open}
 }
 
 // pulledImages lists the images that are pulled, each once. What could not be read is in
@@ -47,8 +47,8 @@ func pulledImages(cfg config.Config) ([]pulledImage, error) {
 	seen := make(map[[3]string]bool, len(all))
 	for _, im := range all {
 		p := pulledImage{
-			Image: fetch.Image{Name: im.Ref, Bootstrap: im.Path(), Digest: im.Digest},
-			ref:   im.Ref, backend: im.Backend, download: im.Download, open: im.Open,
+			Image:   fetch.Image{Name: im.Ref, Bootstrap: im.Path(), Digest: im.Digest},
+			backend: im.Backend, download: im.Download, open: im.Open,
 		}
 		p.host, p.repository, p.homeless = home(cfg.Backends, im.Ref, im.Backend)
 		if p.homeless == nil {
@@ -56,7 +56,7 @@ func pulledImages(cfg config.Config) ([]pulledImage, error) {
 			p.instance = mountspec.InstanceKey(im.Digest, p.host, p.repository, p.CacheDir)
 		}
 		// One of its layers may be there twice.
-		if name := [3]string{p.ref, p.Digest, p.CacheDir}; !seen[name] {
+		if name := [3]string{p.Name, p.Digest, p.CacheDir}; !seen[name] {
 			seen[name] = true
 			list = append(list, p)
 		}
@@ -80,7 +80,7 @@ func home(rules []config.Backend, ref, wanted string) (host, repository string, 
 // older one is still there. None is an error.
 func namedBy(all []pulledImage, ref string) ([]pulledImage, error) {
 	want := normal(ref)
-	list := slices.DeleteFunc(slices.Clone(all), func(p pulledImage) bool { return normal(p.ref) != want })
+	list := slices.DeleteFunc(slices.Clone(all), func(p pulledImage) bool { return normal(p.Name) != want })
 	if len(list) == 0 {
 		return nil, fmt.Errorf("%s is not pulled as a nydus image; pull it first", ref)
 	}

@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
+	"github.com/nydusfs/nydus-snapshotter/pkg/draft"
 )
 
 const (
@@ -117,16 +117,8 @@ func (s *ScrubState) write(root string) (err error) {
 	if err != nil {
 		return err
 	}
-	f, err := proof.NewDraft(filepath.Join(root, scrubName), scrubTemporary)
-	if err != nil {
+	if err := draft.Write(filepath.Join(root, scrubName), scrubTemporary, append(text, '\n')); err != nil {
 		return err
-	}
-	_, err = f.Write(append(text, '\n'))
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = f.Place()
-	}
-	if err != nil {
-		return errors.Join(err, f.Discard())
 	}
 	dir, err := os.Open(root)
 	if err != nil {

@@ -4,14 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nydusfs/nydus-snapshotter/pkg/draft"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rootfs"
 )
 
@@ -96,15 +95,12 @@ func checkRunDir(path string) (mounted bool, err error) {
 // openFile opens a file as os.OpenFile does, mode 0600, but without Go's poller,
 // which would be set up for the first file of all: in a mount on a running
 // instance nothing else needs it.
-func openFile(path string, flags int) (*os.File, error) { return openAs(path, path, flags) }
-
-// openAs is openFile with another name for errors.
-func openAs(name, path string, flags int) (*os.File, error) {
+func openFile(path string, flags int) (*os.File, error) {
 	fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: name, Err: err}
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	return os.NewFile(uintptr(fd), name), nil
+	return os.NewFile(uintptr(fd), path), nil
 }
 
 // readFile is os.ReadFile by openFile.
@@ -119,32 +115,10 @@ func readFile(path string) ([]byte, error) {
 
 // unfinished begins the names of files that are being written, before that of the file they
 // will be: who removes what is left of one leaves those of others alone.
-func unfinished(path string) string {
-	return filepath.Join(filepath.Dir(path), ".new-"+filepath.Base(path)+"-")
-}
+func unfinished(path string) string { return ".new-" + filepath.Base(path) + "-" }
 
-// writeFile replaces a file so that it is always either the old or the new one. Errors name
-// it, and not the file that is to become it: the same failure has the same text each time.
-func writeFile(path string, data []byte) (err error) {
-	tmp := unfinished(path) + strconv.FormatUint(rand.Uint64(), 10)
-	f, err := openAs(path, tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(tmp)
-		}
-	}()
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return &os.PathError{Op: "rename to", Path: path, Err: errors.Unwrap(err)}
-	}
-	return nil
-}
+// writeFile replaces a file so that it is always either the old or the new one.
+func writeFile(path string, data []byte) error { return draft.Write(path, unfinished(path), data) }
 
 // readOrWrite returns the content of a file that is written once: text, if it
 // does not exist yet. Of several writers, of other texts too, one wins. It locks
@@ -165,7 +139,7 @@ func readOrWrite(path string, text []byte) ([]byte, error) {
 	if have, err := os.ReadFile(filepath.Clean(path)); !errors.Is(err, os.ErrNotExist) {
 		return have, err
 	}
-	left, _ := filepath.Glob(unfinished(path) + "*")
+	left, _ := filepath.Glob(filepath.Join(dir.Name(), unfinished(path)+"*"))
 	for _, file := range left {
 		os.Remove(file)
 	}

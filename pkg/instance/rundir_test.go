@@ -11,7 +11,7 @@ import (
 func TestReadOrWriteLeavesOtherWriters(t *testing.T) {
 	dir := t.TempDir()
 	path, other := filepath.Join(dir, "file"), filepath.Join(dir, "note")
-	writing, left := unfinished(other)+"1", unfinished(path)+"1"
+	writing, left := filepath.Join(dir, unfinished(other)+"1"), filepath.Join(dir, unfinished(path)+"1")
 	for _, tmp := range []string{writing, left} {
 		must(t, os.WriteFile(tmp, nil, 0o600))
 	}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/chunkmap"
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
+	"github.com/nydusfs/nydus-snapshotter/pkg/draft"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
 
@@ -208,21 +209,8 @@ func (f file) same(other file) bool { return f.Inode == other.Inode && f.Size ==
 
 // write replaces a file in the directory, so that it is on the disk as either the old or
 // the new one.
-func (b *blob) write(name string, text []byte) (err error) {
-	f, err := proof.NewDraft(b.path(name), temporary)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, f.Discard())
-		}
-	}()
-	_, err = f.Write(text)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	return f.Place()
+func (b *blob) write(name string, text []byte) error {
+	return draft.Write(b.path(name), temporary, text)
 }
 
 func remove(path string) error {

@@ -38,6 +38,7 @@ import (
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/chunkmap"
 	"github.com/nydusfs/nydus-snapshotter/pkg/blob/proof"
 	"github.com/nydusfs/nydus-snapshotter/pkg/blobcheck"
+	"github.com/nydusfs/nydus-snapshotter/pkg/draft"
 	"github.com/nydusfs/nydus-snapshotter/pkg/instance"
 	"github.com/nydusfs/nydus-snapshotter/pkg/rafs"
 )
@@ -418,7 +419,7 @@ func (p *Prover) write(cacheDir string, rec proof.Record) (err error) {
 		return err
 	}
 	p.step("create proof")
-	f, err := proof.NewDraft(proof.Path(cacheDir, rec.Bootstrap), proof.Temporary)
+	f, err := draft.New(proof.Path(cacheDir, rec.Bootstrap), proof.Temporary)
 	if err != nil {
 		return fmt.Errorf("write proof: %w", err)
 	}
