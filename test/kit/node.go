@@ -374,9 +374,33 @@ func (n *Node) awaitHolder(ctx context.Context, there bool) error {
 func (n *Node) KillSnapshotter() error { return n.Snapshotter.end(unix.SIGKILL, settle) }
 
 // RestartSnapshotter stops and starts the snapshotter, with the configuration
-// as it is now: see Configure.
+// as it is now: see Configure. Then containerd reaches it.
 func (n *Node) RestartSnapshotter(ctx context.Context) error {
-	return errors.Join(n.StopSnapshotter(), n.StartSnapshotter(ctx))
+	return errors.Join(n.StopSnapshotter(), n.StartSnapshotter(ctx), n.awaitProxy(ctx))
+}
+
+// awaitProxy waits until containerd reaches the snapshotter again. Its connection fails at
+// once for up to three seconds after it was refused, as when it collected garbage during a
+// restart, and nothing tells that it has tried again: hence the ticker.
+func (n *Node) awaitProxy(ctx context.Context) error {
+	if !n.Containerd.Running() {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		_, err := n.client.SnapshotService("nydus").Stat(ctx, "none")
+		if errdefs.IsNotFound(err) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("containerd does not reach the snapshotter: %w", err)
+		case <-tick.C:
+		}
+	}
 }
 
 // Configure changes a key of the snapshotter's configuration, such as
