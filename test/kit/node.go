@@ -13,6 +13,7 @@ import (
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -379,9 +380,13 @@ func (n *Node) RestartSnapshotter(ctx context.Context) error {
 	return errors.Join(n.StopSnapshotter(), n.StartSnapshotter(ctx), n.awaitProxy(ctx))
 }
 
+// errReached ends a walk over snapshots at the first one.
+var errReached = errors.New("reached")
+
 // awaitProxy waits until containerd reaches the snapshotter again. Its connection fails at
 // once for up to three seconds after it was refused, as when it collected garbage during a
-// restart, and nothing tells that it has tried again: hence the ticker.
+// restart, and nothing tells that it has tried again: hence the ticker. A walk, since
+// containerd knows by itself what there is not; without any snapshot nothing is asked.
 func (n *Node) awaitProxy(ctx context.Context) error {
 	if !n.Containerd.Running() {
 		return nil
@@ -390,9 +395,11 @@ func (n *Node) awaitProxy(ctx context.Context) error {
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
+	first := func(context.Context, snapshots.Info) error { return errReached }
 	for {
-		_, err := n.client.SnapshotService("nydus").Stat(ctx, "none")
-		if errdefs.IsNotFound(err) {
+		// Over gRPC the walk's own error comes back as it is.
+		err := n.client.SnapshotService(n.SnapshotterName()).Walk(ctx, first)
+		if err == nil || errors.Is(err, errReached) {
 			return nil
 		}
 		select {
