@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"golang.org/x/sys/unix"
 
 	"github.com/nydusfs/nydus-snapshotter/test/kit"
@@ -167,6 +168,36 @@ func TestNodeSurvivesRestart(t *testing.T) {
 		t.Errorf("after the restart: %q, %v", out, err)
 	}
 	if _, err := os.Stat(c.Root()); err != nil {
+		t.Error(err)
+	}
+}
+
+// A connection that was refused while the snapshotter was away is not what the next call
+// of containerd meets.
+func TestRestartSnapshotter(t *testing.T) {
+	r := kit.NewRegistry(t, kit.RegistryOptions{})
+	n := kit.NewNode(t, kit.NodeConfig{Snapshotter: true})
+	if _, err := n.Pull(t.Context(), r.MustPush(t, kit.SmallImage(t, "refused"), "small:1"), kit.PullOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	ask := func() error {
+		return n.Client().SnapshotService(n.SnapshotterName()).Walk(t.Context(), func(context.Context, snapshots.Info) error { return nil })
+	}
+	if err := n.StopSnapshotter(); err != nil {
+		t.Fatal(err)
+	}
+	// The pause after a refusal grows.
+	refused := 0
+	kit.Eventually(t, "containerd is refused", 10*time.Second, func() bool {
+		if err := ask(); err != nil {
+			refused++
+		}
+		return refused > 3
+	})
+	if err := n.RestartSnapshotter(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := ask(); err != nil {
 		t.Error(err)
 	}
 }
