@@ -21,8 +21,8 @@ import (
 
 func TestMain(m *testing.M) { kit.Main(m) }
 
-// bootTimeout bounds the whole life of the guest, which takes some twenty seconds on an idle
-// machine. Only an emulator that hangs needs it: what happens in the guest is bounded there.
+// bootTimeout bounds the whole life of the guest, which takes less than a minute on an idle
+// machine. It is for an emulator or a boot that hangs: the scenario is bounded in the guest.
 const bootTimeout = 15 * time.Minute
 
 var programs = []string{"nydus-snapshotter", "nydus-overlayfs", "nydus-shim-hook"}
